@@ -65,7 +65,9 @@ def render_turns(chat_template, messages, tools=None, **variables) -> tuple[str,
         prompt, upto = text_of(i, True), text_of(i + 1, False)
         if not text.startswith(upto) or not upto.startswith(prompt):
             other = prompt if text.startswith(upto) else upto
-            place = next((k for k, (a, b) in enumerate(zip(other, text)) if a != b), min(len(other), len(text)))
+            place = next(
+                (k for k, (a, b) in enumerate(zip(other, text, strict=False)) if a != b), min(len(other), len(text))
+            )
             raise ValueError(
                 f"messages[{i}]: the chat template writes the conversation up to this turn differently once more "
                 f"follows (at character {place}: {other[place : place + 30]!r}, later {text[place : place + 30]!r}), so "

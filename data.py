@@ -1,0 +1,465 @@
+"""Dataset classes; conversations in, tokenised and memory-mapped examples out; rows of them as tensors."""
+
+import functools
+import hashlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import templates
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
+
+@dataclass
+class TaskDataSpec:
+    """What a dataset says of itself: its name, and the Jinja chat template it brings (None: the tokenizer's)."""
+
+    task_name: str
+    custom_template: str | None = None
+
+
+# ---- dataset classes: `formatted_ds` holds the splits, rows of {"messages": [...], "tools": [...]} -------------------
+
+
+class Squad:
+    """Stanford's question answering data: the context as system, the question as user, the first answer as assistant.
+
+    https://huggingface.co/datasets/rajpurkar/squad, 87,599 and 10,570 rows.
+    """
+
+    custom_template = (
+        "{%- for message in messages -%}"
+        "{%- if message['role'] == 'system' -%}{{- 'Context: ' + message['content'] | trim -}}"
+        "{%- elif message['role'] == 'user' -%}{{- ' Question: ' + message['content'] | trim + ' Answer:' -}}"
+        "{%- elif message['role'] == 'assistant' -%}{{- ' ' + message['content'] | trim -}}"
+        "{%- else -%}{{- raise_exception('the SQuAD template has no role ' + message['role']) -}}{%- endif -%}"
+        "{%- endfor -%}"
+    )
+
+    def __init__(self):
+        rows = datasets.load_dataset("rajpurkar/squad")
+        self.formatted_ds = {
+            split: rows[split].map(squad_messages, remove_columns=rows[split].column_names, desc=f"SQuAD {split}")
+            for split in ("train", "validation")
+        }
+        self.task_spec = TaskDataSpec("squad", self.custom_template)
+
+
+def squad_messages(row: dict) -> dict:
+    return {
+        "messages": [
+            {"role": "system", "content": row["context"]},
+            {"role": "user", "content": row["question"]},
+            {"role": "assistant", "content": row["answers"]["text"][0]},
+        ]
+    }
+
+
+class OpenAssistant:
+    """Human-written conversations: every path from the root to a leaf of each message tree.
+
+    Read is `2023-04-12_oasst_ready.trees.jsonl.gz` of https://huggingface.co/datasets/OpenAssistant/oasst1: the trees
+    that were finished and reviewed. The repository's parquet files hold single messages, spam and unfinished trees
+    among them. The split is by tree, so that no validation prompt was trained on.
+    """
+
+    system = (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions."
+    )
+    custom_template = (
+        "{%- for message in messages -%}"
+        "{%- if message['role'] == 'system' -%}{{- 'System:\\n' + message['content'] | trim + '\\n\\n' -}}"
+        "{%- elif message['role'] == 'user' -%}{{- 'User:\\n' + message['content'] | trim + '\\n\\n' -}}"
+        "{%- elif message['role'] == 'assistant' -%}"
+        "{{- 'Assistant:\\n' + message['content'] | trim + eos_token + '\\n\\n' -}}"
+        "{%- else -%}{{- raise_exception('the OpenAssistant template has no role ' + message['role']) -}}{%- endif -%}"
+        "{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- 'Assistant:\\n' -}}{%- endif -%}"
+    )
+
+    def __init__(self, seed: int = 42, validation: float = 0.05):
+        path = hub_file("OpenAssistant/oasst1", "2023-04-12_oasst_ready.trees.jsonl.gz")
+        trees = [read_json(line, f"{path}:{i}") for i, line in enumerate(open_lines(path), 1)]
+        chosen = set(validation_indices(len(trees), validation, seed).tolist())
+        splits = {"train": [], "validation": []}
+        for i, tree in enumerate(trees):
+            for path_texts in tree_paths(tree["prompt"]):
+                if len(path_texts) >= 2:
+                    messages = [{"role": "system", "content": self.system}, *path_texts]
+                    splits["validation" if i in chosen else "train"].append({"messages": messages})
+        self.formatted_ds = splits
+        self.task_spec = TaskDataSpec("openassistant", self.custom_template)
+
+
+def tree_paths(node: dict):
+    """Every way from this message to a leaf, as lists of messages; a last user turn with no answer is cut off."""
+    message = {"role": {"prompter": "user", "assistant": "assistant"}[node["role"]], "content": node["text"]}
+    answered = [reply for reply in node["replies"] if not (reply["role"] == "prompter" and not reply["replies"])]
+    if not answered:
+        yield [message]
+    for reply in answered:
+        for rest in tree_paths(reply):
+            yield [message, *rest]
+
+
+class Chats:
+    """Files of conversations: .jsonl, .json or .parquet rows with `messages` and optionally `tools`.
+
+    `validation`: a second file, or the fraction of the rows that is held out (the same ones for the same seed).
+    """
+
+    def __init__(self, path: str, validation: str | float = 0.05, seed: int = 42):
+        rows = read_rows(path)
+        if isinstance(validation, str):
+            self.formatted_ds = {"train": rows, "validation": read_rows(validation)}
+        else:
+            self.formatted_ds = split_rows(rows, validation, seed)
+        self.task_spec = TaskDataSpec(Path(path).stem)
+
+
+class HubChats:
+    """A data set of the Hub with a `messages` column. `validation`: a split's name, or a fraction of `train`."""
+
+    def __init__(self, path: str, subset: str | None = None, train: str = "train", validation="validation", seed=42):
+        loaded = datasets.load_dataset(path, subset)
+        for name in [train] + ([validation] if isinstance(validation, str) else []):
+            if name not in loaded:
+                raise ValueError(
+                    f"{path} has the splits {', '.join(loaded)}, not {name!r}; set data.args.train and "
+                    "data.args.validation (a split, or a fraction as 0.05)"
+                )
+        rows = {name: Rows(loaded[name], f"{path} {name}", drop_none) for name in loaded}
+        if isinstance(validation, str):
+            self.formatted_ds = {"train": rows[train], "validation": rows[validation]}
+        else:
+            self.formatted_ds = split_rows(rows[train], validation, seed)
+        self.task_spec = TaskDataSpec(path)
+
+
+def load_dataset_class(name: str, args: dict):
+    """The dataset that `data.dataset` names, made with `data.args`. Raises ValueError where there is none."""
+    path, _, class_name = name.rpartition(":")
+    if name in ("squad", "openassistant"):
+        make = {"squad": Squad, "openassistant": OpenAssistant}[name]
+    elif path.endswith(".py"):
+        if not Path(path).is_file():
+            raise ValueError(f"data.dataset = {name!r}: there is no file {path}")
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[Path(path).stem] = module  # so that worker processes find its functions
+        spec.loader.exec_module(module)
+        if not hasattr(module, class_name):
+            raise ValueError(f"data.dataset = {name!r}: {path} has no class {class_name}")
+        make = getattr(module, class_name)
+    elif name.endswith((".jsonl", ".json", ".parquet", ".jsonl.gz")):
+        make = functools.partial(Chats, name)
+    elif name.count("/") == 1 and not name.startswith((".", "/")):
+        make = functools.partial(HubChats, name)
+    else:
+        raise ValueError(
+            f"data.dataset = {name!r} must be squad, openassistant, my_data.py:MyDataset, a file of chats "
+            "(.jsonl, .json, .parquet) or the id of a data set on the Hub (owner/name)"
+        )
+    try:
+        dataset = make(**args)
+    except TypeError as error:
+        if "argument" in str(error):
+            raise ValueError(f"data.args = {args} does not fit data.dataset = {name!r}: {error}") from None
+        raise
+    for split in ("train", "validation"):
+        if split not in dataset.formatted_ds or len(dataset.formatted_ds[split]) == 0:
+            raise ValueError(f"data.dataset = {name!r}: the split {split!r} is empty")
+    return dataset
+
+
+# ---- rows of files -------------------------------------------------------------------------------------------------
+
+
+class Rows:
+    """A sequence of rows that knows where each one stands in its file, for errors."""
+
+    def __init__(self, rows, name: str, convert=lambda row: row, first: int = 0, indices=None):
+        self.rows, self.name, self.convert, self.first = rows, name, convert, first
+        self.indices = np.arange(len(rows)) if indices is None else indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> dict:
+        return self.convert(self.rows[int(self.indices[i])])
+
+    def where(self, i: int) -> str:
+        return f"{self.name}:{int(self.indices[i]) + self.first}"
+
+    def select(self, chosen: np.ndarray) -> "Rows":
+        return Rows(self.rows, self.name, self.convert, self.first, self.indices[chosen])
+
+
+def read_rows(path: str) -> Rows:
+    """Rows of a .jsonl(.gz), .json or .parquet file. A row of a .jsonl file is read exactly as it stands there."""
+    if not Path(path).is_file():
+        raise ValueError(f"data: there is no file {path}")
+    if path.endswith(".parquet"):
+        try:
+            return Rows(datasets.Dataset.from_parquet(path), path, drop_none)
+        except Exception as error:
+            raise ValueError(f"{path}: cannot be read as parquet: {' '.join(str(error).split())[:200]}") from None
+    if path.endswith(".json"):
+        rows = read_json(Path(path).read_bytes(), path)
+        if not isinstance(rows, list):
+            raise ValueError(f"{path}: must hold a list of rows; one row per line is a .jsonl file")
+        return Rows(rows, path)
+    lines = list(open_lines(path))
+    while lines and not lines[-1].strip():
+        lines.pop()
+    rows = Rows(lines, path, first=1)
+    rows.convert = lambda line: read_json(line, path)
+    for i, line in enumerate(lines):
+        if not line.strip():
+            raise ValueError(f"{rows.where(i)}: an empty line; each line holds one row")
+    return rows
+
+
+def open_lines(path: str):
+    if path.endswith(".gz"):
+        import gzip
+
+        with gzip.open(path) as file:
+            yield from file
+    else:
+        with open(path, "rb") as file:
+            yield from file
+
+
+def read_json(text: bytes, where: str):
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{where}: is not valid JSON: {error}") from None
+
+
+def drop_none(value):
+    """Without the keys that Arrow adds to a dict because another row has them."""
+    if isinstance(value, dict):
+        return {name: drop_none(item) for name, item in value.items() if item is not None}
+    return [drop_none(item) for item in value] if isinstance(value, list) else value
+
+
+def validation_indices(count: int, fraction: float, seed: int) -> np.ndarray:
+    if not 0 < fraction < 1:
+        raise ValueError(f"data.args.validation = {fraction} must be a file, or a fraction between 0 and 1")
+    return np.random.default_rng(seed).permutation(count)[: max(1, round(count * fraction))]
+
+
+def split_rows(rows: Rows, fraction: float, seed: int) -> dict:
+    held_out = np.zeros(len(rows), dtype=bool)
+    held_out[validation_indices(len(rows), fraction, seed)] = True
+    return {"train": rows.select(np.flatnonzero(~held_out)), "validation": rows.select(np.flatnonzero(held_out))}
+
+
+def hub_file(repository: str, name: str) -> str:
+    from huggingface_hub import hf_hub_download
+
+    return hf_hub_download(repository, name, repo_type="dataset")
+
+
+def check_row(row):
+    """Raises ValueError with the reason where a row is no conversation that can be trained on."""
+    messages = row.get("messages") if isinstance(row, dict) else None
+    if not isinstance(messages, list) or not messages:
+        raise ValueError('has no "messages": a row is {"messages": [{"role": ..., "content": ...}, ...]}')
+    for i, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in ROLES:
+            raise ValueError(f"messages[{i}]: the role {role!r} is unknown; it must be one of {', '.join(ROLES)}")
+        content = message.get("content")
+        blocks = isinstance(content, list) and all(
+            isinstance(block, dict) and block.get("type") == "text" and isinstance(block.get("text"), str)
+            for block in content
+        )
+        called = content is None and (message.get("tool_calls") or message.get("reasoning_content"))
+        if not (isinstance(content, str) or blocks or called):
+            raise ValueError(f"messages[{i}]: the content is {str(content)[:60]!r}, no text nor a list of text blocks")
+    if all(message["role"] != "assistant" for message in messages):
+        raise ValueError("has no assistant turn, so there is nothing to train")
+
+
+# ---- tokenised once, memory-mapped ---------------------------------------------------------------------------------
+
+
+class Examples:
+    """Tokenised conversations in memory-mapped files. `lengths` and `supervised`: tokens of each, int64."""
+
+    def __init__(self, folder: Path, max_seq_length: int, overlong: str):
+        self.input_ids = np.memmap(folder / "input_ids", dtype=np.int32, mode="r")
+        self.labels = np.memmap(folder / "labels", dtype=np.int32, mode="r")
+        offsets = np.load(folder / "offsets.npy")
+        lengths = np.diff(offsets)
+        self.overlong = int((lengths > max_seq_length).sum())
+        if self.overlong and overlong == "error":
+            worst = int(np.flatnonzero(lengths > max_seq_length)[0])
+            raise ValueError(
+                f"{self.overlong} conversations are longer than data.max_seq_length = {max_seq_length} (row {worst} "
+                f"has {lengths[worst]} tokens); raise it, or set data.overlong=drop or truncate"
+            )
+        if overlong == "truncate":
+            lengths = np.minimum(lengths, max_seq_length)
+        sums = np.concatenate([[0], np.cumsum(self.labels != templates.IGNORE_INDEX)])
+        supervised = sums[offsets[:-1] + lengths] - sums[offsets[:-1]]
+        # the first token of a document is never predicted
+        supervised -= self.labels[offsets[:-1]] != templates.IGNORE_INDEX
+        self.nothing_to_train = int(((supervised == 0) & (lengths <= max_seq_length)).sum())
+        kept = (supervised > 0) & (lengths <= max_seq_length)
+        self.rows = np.flatnonzero(kept)  # of each example, its row in the split
+        self.starts, self.lengths, self.supervised = offsets[:-1][kept], lengths[kept], supervised[kept]
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        place = slice(self.starts[i], self.starts[i] + self.lengths[i])
+        return self.input_ids[place], self.labels[place]
+
+
+def tokenise(rows, tokenizer, chat_template: str, train_on: str, cache: Path, name: str, workers: int) -> Path:
+    """The folder with the tokens of these rows, made now or found in `cache`: any change to rows, template, tokenizer,
+    options or the code makes another folder. Raises ValueError with file, line and reason for a bad row.
+    """
+    key = hashlib.sha256()
+    vocabulary = tokenizer.backend_tokenizer.to_str()
+    special = [str(tokenizer.special_tokens_map), str(tokenizer.init_kwargs.get("add_bos_token"))]
+    code = [Path(__file__).read_text(encoding="utf-8"), Path(templates.__file__).read_text(encoding="utf-8")]
+    for part in [fingerprint(rows), chat_template, vocabulary, *special, train_on, *code]:
+        key.update(hashlib.sha256(part.encode()).digest())
+    if "strftime_now" in chat_template:
+        key.update(templates.datetime.now().strftime("%Y-%m-%d").encode())
+    folder = cache / key.hexdigest()[:32]
+    if folder.is_dir():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=cache, prefix="unfinished-"))
+    try:
+        write_tokens(rows, tokenizer, chat_template, train_on, temporary, name, workers)
+        os.rename(temporary, folder)
+    except OSError:
+        if not folder.is_dir():  # else another process was first
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def write_tokens(rows, tokenizer, chat_template, train_on, folder: Path, name: str, workers: int):
+    size = 256
+    chunks = [range(i, min(i + size, len(rows))) for i in range(0, len(rows), size)]
+    encode_chunk = functools.partial(encode_rows, rows, tokenizer, chat_template, train_on, name)
+    lengths = []
+    with (
+        open(folder / "input_ids", "wb") as ids_file,
+        open(folder / "labels", "wb") as labels_file,
+        tqdm(total=len(rows), desc=f"tokenising {name}", unit=" rows", file=sys.stderr, mininterval=0.5) as bar,
+    ):
+        # fork: rows and tokenizer are shared with the workers as they are; macOS and Windows go without
+        pool = multiprocessing.get_context("fork").Pool if sys.platform == "linux" and workers > 1 else None
+        if pool is None or len(chunks) < 4:
+            results = map(encode_chunk, chunks)
+            write_results(results, ids_file, labels_file, lengths, bar)
+        else:
+            global forked
+            forked = encode_chunk
+            with pool(workers) as processes:
+                write_results(processes.imap(call_forked, chunks), ids_file, labels_file, lengths, bar)
+    np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
+
+
+forked = None  # what the workers of a pool call: inherited by fork, never pickled
+
+
+def call_forked(chunk):
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    return forked(chunk)
+
+
+def write_results(results, ids_file, labels_file, lengths: list, bar):
+    for ids, labels, chunk_lengths in results:
+        ids_file.write(ids.tobytes())
+        labels_file.write(labels.tobytes())
+        lengths.extend(chunk_lengths)
+        bar.update(len(chunk_lengths))
+
+
+def encode_rows(rows, tokenizer, chat_template, train_on, name, chunk):
+    encoded = []
+    for i in chunk:
+        where = rows.where(i) if isinstance(rows, Rows) else f"{name} row {i}"
+        try:
+            row = rows[i]
+            check_row(row)
+            tools = row.get("tools") or None
+            encoded.append(templates.encode(tokenizer, row["messages"], tools, chat_template, train_on))
+        except ValueError as error:
+            raise ValueError(f"{where}: {str(error).removeprefix(where.rpartition(':')[0] + ': ')}") from None
+    ids = np.array([token for example in encoded for token in example.input_ids], dtype=np.int32)
+    labels = np.array([token for example in encoded for token in example.labels], dtype=np.int32)
+    return ids, labels, [len(example.input_ids) for example in encoded]
+
+
+def fingerprint(rows) -> str:
+    """Changes when any row does."""
+    if isinstance(rows, datasets.Dataset):
+        return rows._fingerprint
+    digest = hashlib.sha256()
+    if isinstance(rows, Rows):
+        digest.update(rows.indices.tobytes())
+        if isinstance(rows.rows, datasets.Dataset):
+            return digest.hexdigest() + rows.rows._fingerprint
+    raw = rows.rows if isinstance(rows, Rows) else rows
+    for row in raw:
+        digest.update(row if isinstance(row, bytes) else json.dumps(row, ensure_ascii=False).encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+# ---- a packed row ----------------------------------------------------------------------------------------------------
+
+
+def collate(examples: Examples, row: list[int], device="cpu") -> dict:
+    """A packed row: documents one after the other.
+
+    input_ids, position_ids (1, tokens) int64, positions that start at 0 in each document; labels (tokens,) int64, the
+    token that each position has to predict, -100 where nothing is trained and at each document's last token;
+    document_ends: where each document ends, ints. A row without documents is one token that trains nothing.
+    """
+    if not row:
+        zero = torch.zeros(1, 1, dtype=torch.long, device=device)
+        return {
+            "input_ids": zero,
+            "position_ids": zero,
+            "labels": torch.full((1,), templates.IGNORE_INDEX, device=device),
+            "document_ends": [1],
+        }
+    documents = [examples[i] for i in row]
+    lengths = [len(ids) for ids, _ in documents]
+    none = np.array([templates.IGNORE_INDEX])
+    input_ids = np.concatenate([ids for ids, _ in documents]).astype(np.int64)
+    position_ids = np.concatenate([np.arange(length) for length in lengths])
+    labels = np.concatenate([part for _, labels in documents for part in (labels[1:], none)]).astype(np.int64)
+    return {
+        "input_ids": torch.from_numpy(input_ids)[None].to(device),  # (1, tokens)
+        "position_ids": torch.from_numpy(position_ids)[None].to(device),  # (1, tokens)
+        "labels": torch.from_numpy(labels).to(device),  # (tokens,)
+        "document_ends": np.cumsum(lengths).tolist(),
+    }
