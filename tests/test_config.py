@@ -1,0 +1,36 @@
+import pytest
+
+import config
+
+
+def test_the_file_then_the_command_line_decide(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("seed: 1\ntrain: {learning_rate: 1e-5, max_steps: 3}\n")
+    loaded = config.load(str(path), ["seed=2", "train.max_steps=null", "logger.wandb.name=sft-dev-1-gpu"])
+    assert (loaded.seed, loaded.train.learning_rate, loaded.train.max_steps) == (2, 1e-5, None)
+    assert loaded.logger.wandb.name == "sft-dev-1-gpu"
+
+
+def test_the_resolved_configuration_is_a_file_that_loads_to_itself(tmp_path):
+    loaded = config.load(None, ["data.args.validation=0.1", "checkpoint.must_save_by=00:03:45:00", "seed=7"])
+    (tmp_path / "c.yaml").write_text(config.dump(loaded))
+    assert config.load(str(tmp_path / "c.yaml"), []) == loaded
+
+
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        ("train.learning_rat=1", "nearest is 'train.learning_rate'"),
+        ("seed=a", "must be int"),
+        ("seed=true", "must be int"),
+        ("train.schedule=cosin", "did you mean cosine"),
+        ("train.max_steps=0", "at least 1"),
+        ("train.betas=[1]", "two numbers"),
+        ("model=3", "is a section"),
+        ("seed", "KEY=VALUE"),
+        ("train.clip_grad_norm=0", "null switches"),
+    ],
+)
+def test_a_mistake_names_the_key_and_the_mend(override, said):
+    with pytest.raises(ValueError, match=said):
+        config.load(None, [override])

@@ -1,0 +1,40 @@
+import numpy as np
+import pytest
+
+import packing
+
+LENGTHS = np.random.default_rng(0).integers(5, 400, 101)
+
+
+@pytest.mark.parametrize("examples", [1, 2, 3, 64, 1000])
+def test_an_epoch_has_each_conversation_once_in_an_order_of_its_own(examples):
+    orders = [packing.shuffled(np.arange(examples), examples, 42, epoch).tolist() for epoch in range(2)]
+    assert all(sorted(order) == list(range(examples)) for order in orders)
+    if examples > 10:
+        assert orders[0] != orders[1] != list(range(examples))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 7])
+@pytest.mark.parametrize("max_tokens", [1, 300, 8192])
+def test_each_step_has_the_same_conversations_on_any_machine(world_size, max_tokens):
+    for step in (1, 7, 8):
+        rows = packing.plan_step(LENGTHS, step, 42, 16, world_size, max_tokens)
+        assert len(rows) == world_size and len({len(rank) for rank in rows}) == 1
+        planned = sorted(i for rank in rows for row in rank for i in row)
+        assert planned == sorted(packing.step_examples(101, step, 42, 16).tolist())
+        assert all(len(row) <= 1 or LENGTHS[row].sum() <= max_tokens for rank in rows for row in rank)
+
+
+def test_the_last_batch_of_an_epoch_is_smaller_and_used():
+    assert packing.steps_per_epoch(101, 16) == 7
+    assert len(packing.step_examples(101, 7, 42, 16)) == 5
+    seen = np.concatenate([packing.step_examples(101, step, 42, 16) for step in range(1, 8)])
+    assert sorted(seen.tolist()) == list(range(101))
+
+
+def test_rows_are_filled_evenly():
+    lengths = np.random.default_rng(1).integers(20, 1000, 5000)
+    rows = packing.pack(np.arange(5000), lengths, 8, 8192)
+    tokens = [sum(int(lengths[row].sum()) for row in rank) for rank in rows]
+    assert max(tokens) / min(tokens) < 1.01
+    assert sum(tokens) / (8192 * sum(len(rank) for rank in rows)) > 0.95
