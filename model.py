@@ -1,0 +1,299 @@
+"""The model: load, attention within documents, loss, DDP and FSDP, optimizer, export."""
+
+import contextlib
+import json
+import math
+import shutil
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+IGNORE_INDEX = -100
+
+
+# ---- attention within documents --------------------------------------------------------------------------------------
+
+
+def document_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """Causal attention of each document of a packed row to itself, SDPA called once per document.
+
+    query (1, heads, tokens, head_dim); key and value with as many heads or fewer; document_ends: ints. Returns
+    (1, tokens, heads, head_dim). Without document_ends the row is one document. Registered with transformers.
+    """
+    refuse_unknown(module, kwargs)
+    window = kwargs.get("sliding_window")
+    tokens = query.shape[2]
+    outputs, start = [], 0
+    for end in kwargs.get("document_ends") or [tokens]:
+        q, k, v = (x[:, :, start:end] for x in (query, key, value))  # (1, heads, document, head_dim)
+        mask = None
+        if window is not None and end - start > window:
+            mask = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+        outputs.append(
+            F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=mask is None,
+                dropout_p=dropout,
+                scale=scaling,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+        )
+        start = end
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def varlen_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """As `document_attention`, in one call of torch's variable-length flash attention: CUDA, bfloat16."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    refuse_unknown(module, kwargs)
+    if dropout:
+        raise ValueError("this model has attention dropout, which varlen does not; set model.attention=sdpa")
+    tokens, window = query.shape[2], kwargs.get("sliding_window")
+    ends = kwargs.get("document_ends") or [tokens]
+    starts = torch.tensor([0, *ends], dtype=torch.int32, device=query.device)
+    longest = max(end - start for start, end in zip([0, *ends], ends, strict=False))
+    if key.shape[1] != query.shape[1]:
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, head_dim)
+    window_size = (window - 1 if window else -1, 0)
+    output = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=window_size)
+    return output[None], None
+
+
+def refuse_unknown(module, kwargs):
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{type(module).__name__} needs {name}, which only model.attention=eager computes")
+
+
+AttentionInterface.register("document_sdpa", document_attention)
+AttentionInterface.register("document_varlen", varlen_attention)
+
+
+# ---- load ------------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(name: str, revision: str | None):
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    if not tokenizer.is_fast:
+        raise ValueError(f"tokenizer.name = {name!r} has no fast tokenizer (tokenizer.json)")
+    return tokenizer
+
+
+def load(config, device: torch.device) -> torch.nn.Module:
+    """The model of a `config.Model`, float32 on the CPU; random weights are the same on every rank (caller seeds)."""
+    varlen = config.attention == "varlen" or (
+        config.attention == "auto" and device.type == "cuda" and config.dtype == "bfloat16"
+    )
+    if varlen and (device.type != "cuda" or config.dtype != "bfloat16"):
+        raise ValueError("model.attention=varlen needs CUDA and model.dtype=bfloat16; auto chooses what fits")
+    attention = "eager" if config.attention == "eager" else "document_varlen" if varlen else "document_sdpa"
+    if config.from_scratch:
+        model_config = AutoConfig.from_pretrained(config.name, revision=config.revision)
+        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, attn_implementation=attention)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.name, revision=config.revision, dtype=torch.float32, attn_implementation=attention
+        )
+    model.config.use_cache = False
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+@torch.no_grad()
+def keeps_documents_apart(model) -> bool:
+    """Whether a packed row gives each document the logits that it has alone: measured on the loaded model."""
+    model.eval()
+    device, vocabulary = model.device, model.get_input_embeddings().num_embeddings
+    generator = torch.Generator().manual_seed(0)
+    documents = [torch.randint(vocabulary, (1, length), generator=generator).to(device) for length in (7, 12, 5)]
+    together = torch.cat(documents, dim=1)
+    positions = torch.cat([torch.arange(d.shape[1], device=device) for d in documents])[None]
+    packed = model(together, position_ids=positions, document_ends=[7, 19, 24], use_cache=False).logits
+    alone = [
+        model(d, position_ids=torch.arange(d.shape[1], device=device)[None], use_cache=False).logits for d in documents
+    ]
+    alone = torch.cat(alone, dim=1)
+    model.train()
+    return bool((packed - alone).abs().max() <= 1e-4 * alone.abs().max().clamp(min=1.0))
+
+
+# ---- parallel --------------------------------------------------------------------------------------------------------
+
+
+def choose_strategy(strategy: str, model, world_size: int, device: torch.device) -> str:
+    """auto: ddp where weights, gradients and Adam's two moments (16 bytes a weight) take at most half of the GPU."""
+    if strategy != "auto":
+        return strategy
+    if world_size == 1 or device.type != "cuda":
+        return "ddp"
+    needed = 16 * sum(p.numel() for p in model.parameters())
+    return "ddp" if needed <= torch.cuda.get_device_properties(device).total_memory / 2 else "fsdp"
+
+
+def blocks(model) -> torch.nn.ModuleList:
+    """The decoder's layers: what is compiled and sharded one by one."""
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module)]
+    return max(lists, key=lambda module: sum(p.numel() for p in module.parameters()))
+
+
+def parallelise(model, config, strategy: str, world_size: int, device: torch.device):
+    """(the module to call, the module that holds the weights): the same one but for DDP."""
+    if config.model.compile:
+        for block in blocks(model):
+            block.compile(dynamic=True)
+    if strategy == "fsdp":
+        replicas = config.parallel.replicas
+        if world_size % replicas:
+            raise ValueError(f"parallel.replicas = {replicas} does not divide the {world_size} processes")
+        shape, names = ((world_size,), ("shard",)) if replicas == 1 else ((replicas, -1), ("replicate", "shard"))
+        if replicas > 1:
+            shape = (replicas, world_size // replicas)
+        options = {
+            "mesh": init_device_mesh(device.type, shape, mesh_dim_names=names),
+            "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype(config), reduce_dtype=torch.float32),
+        }
+        if config.parallel.cpu_offload:
+            options["offload_policy"] = CPUOffloadPolicy()
+        else:
+            model.to(device)
+        for block in blocks(model):
+            fully_shard(block, **options)
+        fully_shard(model, **options)
+        return model, model
+    model.to(device)
+    if world_size == 1:
+        return model, model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True), model
+
+
+def compute_dtype(config) -> torch.dtype:
+    return getattr(torch, config.model.dtype)
+
+
+def precision(config, strategy: str, device: torch.device):
+    """FSDP casts the weights itself; elsewhere autocast does."""
+    if strategy == "fsdp" or config.model.dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=compute_dtype(config))
+
+
+# ---- loss and optimizer ----------------------------------------------------------------------------------------------
+
+
+def loss_sum(model, batch: dict) -> torch.Tensor:
+    """Sum of the token losses of a packed row (`data.collate`), float32 scalar. The output layer runs only at
+    supervised positions; a row with none gives a zero that still reaches every weight.
+    """
+    positions = (batch["labels"] != IGNORE_INDEX).nonzero().squeeze(1)  # (supervised,)
+    targets = batch["labels"][positions]
+    nothing = len(positions) == 0
+    logits = model(
+        input_ids=batch["input_ids"],
+        position_ids=batch["position_ids"],
+        document_ends=batch["document_ends"],
+        logits_to_keep=positions.new_zeros(1) if nothing else positions,
+        use_cache=False,
+    ).logits[0]  # (supervised, vocabulary)
+    if nothing:
+        return logits.float().sum() * 0
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def make_optimizer(model, train) -> torch.optim.AdamW:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": train.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},  # norms and biases
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=tuple(train.betas), eps=train.eps, fused=True)
+
+
+def learning_rate(train, step: int, steps: int) -> float:
+    """Of step `step`, from 1, of `steps`: linear warm-up to the peak, then the schedule."""
+    if step <= train.warmup_steps:
+        return train.learning_rate * step / train.warmup_steps
+    done = (step - train.warmup_steps - 1) / max(1, steps - train.warmup_steps)
+    factor = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[train.schedule]
+    return train.min_learning_rate + (train.learning_rate - train.min_learning_rate) * factor
+
+
+# ---- generation and export -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, stop_ids: list[int], synced=False):
+    """Greedy answers (lists of ids, without what comes after the first stop id) to prompts of token ids, as a batch."""
+    attention, was_training = model.config._attn_implementation, model.training
+    model.eval()
+    model.set_attn_implementation("eager" if attention == "eager" else "sdpa")
+    longest = max(len(prompt) for prompt in prompts)
+    pad = stop_ids[0]
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)  # (prompts, longest)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        eos_token_id=stop_ids,
+        pad_token_id=pad,
+        use_cache=True,
+        synced_gpus=synced,
+    )[:, longest:].tolist()
+    model.set_attn_implementation(attention)
+    model.train(was_training)
+    return [
+        answer[: next((k for k, token in enumerate(answer) if token in stop_ids), len(answer))] for answer in output
+    ]
+
+
+def full_state_dict(model) -> dict:
+    """All weights on the CPU of rank 0, elsewhere an empty dict. Every rank has to call it."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def export(model, state_dict: dict, tokenizer, dtype: torch.dtype, stop_ids: list[int], folder: Path):
+    """A model folder that `from_pretrained` and serving engines open, compared with the weights after writing."""
+    shutil.rmtree(folder, ignore_errors=True)
+    config = type(model.config).from_dict(model.config.to_dict())
+    config.use_cache = True
+    config.dtype = dtype
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    state_dict = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state_dict.items()}
+    skeleton.load_state_dict(state_dict, assign=True, strict=False)
+    skeleton.tie_weights()
+    generation = skeleton.generation_config
+    generation.update(**model.generation_config.to_diff_dict())
+    generation.eos_token_id = stop_ids if len(stop_ids) > 1 else stop_ids[0]
+    generation.pad_token_id = generation.pad_token_id if generation.pad_token_id is not None else stop_ids[0]
+    skeleton.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    compare(folder, state_dict)
+
+
+def compare(folder: Path, state_dict: dict):
+    """Raises RuntimeError unless the folder, opened as a user opens it, has exactly these weights."""
+    reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
+    different = [
+        name for name in state_dict if name not in reloaded or not torch.equal(reloaded[name], state_dict[name])
+    ]
+    if different or set(reloaded) - set(state_dict):
+        raise RuntimeError(f"{folder} does not hold the trained weights: {different[:3] or 'others are missing'}")
+    json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
