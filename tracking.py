@@ -48,7 +48,9 @@ class Tracker:
                     f"{figures['train/tokens_per_second']:,.0f} tokens/s"
                 )
         else:
-            self.say(f"step {step}/{self.steps}  " + "  ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+            self.say(
+                f"step {step}/{self.steps}  " + "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+            )
 
     def text(self, step: int, name: str, text: str):
         self.say(text)

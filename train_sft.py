@@ -1,7 +1,7 @@
 """Fine-tune a causal language model on chats: configuration, data, model, loop, validation, saving.
 
-    torchrun --nproc_per_node 8 train_sft.py configs/squad.yaml train.learning_rate=1e-5
-    python train_sft.py                     # one process; configs/squad.yaml where no file is named
+torchrun --nproc_per_node 8 train_sft.py configs/squad.yaml train.learning_rate=1e-5
+python train_sft.py                     # one process; configs/squad.yaml where no file is named
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import yaml
 
 import checkpoint
 import config as configuration
@@ -29,26 +30,471 @@ from tracking import Tracker
 USAGE = "usage: train_sft.py [CONFIG.yaml | --config CONFIG.yaml] [KEY=VALUE ...]"
 
 
+# ---- start -----------------------------------------------------------------------------------------------------------
+
+
 def main():
     cfg = read_command_line(sys.argv[1:])
     rank, local_rank, world_size = launch(cfg)
     output_dir = Path(cfg.output_dir)
+    started = False  # from then on, output_dir is this run's
     try:
-        tokenizer, train_set, validation_set, stop_ids = prepare(cfg, local_rank)
+        start, finished = where_to_start(cfg, output_dir)
+        if finished:
+            if rank == 0:
+                print(
+                    f"{output_dir} holds a finished run; its model is in {output_dir / 'model'}. To train again, name "
+                    "another output_dir or delete it; to train on, raise train.max_steps."
+                )
+            return
+        tokenizer, train_set, validation_set, stop_ids = prepare(cfg, rank, local_rank)
         if world_size > 1:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
-        start, finished = begin(cfg, output_dir, rank)
-        if finished:
-            if rank == 0:
-                print(f"{output_dir} holds a finished run; its model is in {output_dir / 'model'}. To train again, "
-                      "name another output_dir; to train on, raise train.max_steps.")  # fmt: skip
-            return
+        barrier()
+        started = True
+        if rank == 0:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_atomically(output_dir / "config.yaml", configuration.dump(cfg))
+            set_status(output_dir, "running", start)
         train(cfg, output_dir, rank, local_rank, world_size, tokenizer, train_set, validation_set, stop_ids, start)
     except (ValueError, OSError, FloatingPointError) as error:
-        if output_dir.is_dir() and not isinstance(error, configuration_error(cfg)):
-            set_status(output_dir, "failed", 0, str(error))
-        raise SystemExit(f"error: {explain(error, cfg)}") from (None if not os.environ.get("SFT_TRACEBACK") else error)
+        if started:
+            set_status(output_dir, "failed", None, str(error))
+        if os.environ.get("SFT_TRACEBACK"):
+            raise
+        raise SystemExit(f"error: {explain(error, cfg)}") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def read_command_line(arguments: list[str]) -> configuration.Config:
+    if "--help" in arguments or "-h" in arguments:
+        print(f"{__doc__}\n{USAGE}\n\nKeys, their types and defaults:\n\n{configuration.describe()}")
+        raise SystemExit(0)
+    paths, overrides, arguments = [], [], list(arguments)
+    while arguments:
+        argument = arguments.pop(0)
+        if argument == "--config" and arguments:
+            paths.append(arguments.pop(0))
+        elif argument.startswith("--config="):
+            paths.append(argument.partition("=")[2])
+        elif argument.startswith("-"):
+            configuration_error(f"there is no flag {argument!r}; {USAGE}")
+        elif "=" in argument:
+            overrides.append(argument)
+        else:
+            paths.append(argument)
+    if len(paths) > 1:
+        configuration_error(f"one configuration file, not {len(paths)} ({', '.join(paths)}); {USAGE}")
+    try:
+        return configuration.load(paths[0] if paths else str(Path(__file__).parent / "configs/squad.yaml"), overrides)
+    except ValueError as error:
+        configuration_error(str(error))
+
+
+def configuration_error(message: str):
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def launch(cfg) -> tuple[int, int, int]:
+    """(rank, local_rank, world_size) as torchrun set them; without torchrun, start it where more than one is asked."""
+    processes, nodes = cfg.cluster.gpus_per_node, cfg.cluster.num_nodes
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        if (nodes or 1) > 1:
+            configuration_error(f"cluster.num_nodes = {nodes} needs torchrun on each machine; see slurm/ or the README")
+        if (processes or 1) > 1:
+            command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+            os.execv(sys.executable, [sys.executable, *command, *sys.argv])
+        return 0, 0, 1
+    rank, local_rank, world_size, local_world_size = (
+        int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    )
+    for name, asked, there in [
+        ("gpus_per_node", processes, local_world_size),
+        ("num_nodes", nodes, world_size // local_world_size),
+    ]:
+        if asked is not None and asked != there:
+            configuration_error(
+                f"cluster.{name} = {asked}, but torchrun started {there}; leave it out or make them equal"
+            )
+    return rank, local_rank, world_size
+
+
+def where_to_start(cfg, output_dir: Path) -> tuple[int, bool]:
+    """(the step of the newest whole checkpoint or 0, whether the run is finished). Another run is never overwritten."""
+    if not output_dir.exists() or not any(output_dir.iterdir()):
+        return 0, False
+    if not (output_dir / "config.yaml").is_file():
+        raise ValueError(f"output_dir = {cfg.output_dir!r} is not empty and holds no run; name another folder")
+    if cfg.checkpoint.resume == "never":
+        raise ValueError(f"output_dir = {cfg.output_dir!r} holds a run already, and checkpoint.resume is never")
+    old = yaml.safe_load((output_dir / "config.yaml").read_text(encoding="utf-8"))
+    differing = checkpoint.differing_keys(old, configuration.to_dict(cfg))
+    if differing:
+        raise ValueError(
+            f"output_dir = {cfg.output_dir!r} holds a run with another configuration: {'; '.join(differing)}; "
+            "name another output_dir, or set the keys as they were"
+        )
+    found = checkpoint.find(output_dir)
+    start = checkpoint.step_of(found[-1]) if found else 0
+    status = output_dir / "status.json"
+    state = json.loads(status.read_text(encoding="utf-8")) if status.is_file() else {}
+    same_length = all(old["train"][name] == getattr(cfg.train, name) for name in ("max_steps", "max_epochs"))
+    return start, state.get("state") == "finished" and same_length
+
+
+def set_status(output_dir: Path, state: str, step: int | None, reason: str | None = None):
+    text = json.dumps({"state": state, "step": step, "reason": reason}) + "\n"
+    checkpoint.write_atomically(output_dir / "status.json", text)
+
+
+def explain(error: Exception, cfg) -> str:
+    text = " ".join(str(error).split())
+    if any(word in text for word in ("gated", "401 Client", "not a valid model identifier", "Cannot access gated")):
+        return (
+            f"model.name = {cfg.model.name!r} could not be read from {hub()}: it is missing, private or gated. Check "
+            f"the name; for a gated model accept its licence on its page, then `hf auth login` or set HF_TOKEN. ({text[:300]})"
+        )
+    return text
+
+
+def hub() -> str:
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT} (cache: {constants.HF_HOME})"
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+# ---- data, before any process group ----------------------------------------------------------------------------------
+
+
+def prepare(cfg, rank: int, local_rank: int):
+    """(tokenizer, training and validation examples, ids that end a turn). One process per machine reads and tokenises
+    the data; the others wait at torchrun's own store, which has no collective's timeout."""
+    from huggingface_hub import constants
+
+    if rank == 0 and "HF_HOME" not in os.environ:
+        print(f"HF_HOME is not set: downloads and tokens are kept in {constants.HF_HOME}")
+    store = None
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False, timeout=datetime.timedelta(days=7))
+        name = f"prepared/{os.environ['TORCHELASTIC_RESTART_COUNT']}/{os.environ['GROUP_RANK']}"
+    tokenizer = modelling.load_tokenizer(cfg.tokenizer.name or cfg.model.name, cfg.model.revision)
+    if local_rank == 0:
+        dataset = data.load_dataset_class(cfg.data.dataset, cfg.data.args)
+        chat_template = choose_template(cfg, tokenizer, dataset)
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        cache = Path(constants.HF_HOME) / "sft-tokens"
+        prepared = {"chat_template": chat_template}
+        for split in ("train", "validation"):
+            label = f"{dataset.task_spec.task_name} {split}"
+            rows = dataset.formatted_ds[split]
+            prepared[split] = str(
+                data.tokenise(rows, tokenizer, chat_template, cfg.data.train_on, cache, label, workers)
+            )
+        if store:
+            store.set(name, json.dumps(prepared))
+    else:
+        prepared = json.loads(store.get(name))
+    tokenizer.chat_template = prepared["chat_template"]
+    sets = []
+    for split in ("train", "validation"):
+        examples = data.Examples(Path(prepared[split]), cfg.data.max_seq_length, cfg.data.overlong)
+        sets.append(examples)
+        if rank == 0:
+            print(
+                f"{split}: {len(examples):,} conversations, {examples.lengths.sum():,} tokens, "
+                f"{examples.supervised.sum():,} supervised; {examples.overlong:,} overlong ({cfg.data.overlong}), "
+                f"{examples.nothing_to_train:,} with nothing to train left out"
+            )
+        if len(examples) == 0:
+            raise ValueError(
+                f"the split {split!r} of data.dataset = {cfg.data.dataset!r} has nothing to train: "
+                f"{examples.overlong} conversations are longer than data.max_seq_length, "
+                f"{examples.nothing_to_train} have no trained turn"
+            )
+    return tokenizer, *sets, find_stop_ids(tokenizer, sets[0])
+
+
+def choose_template(cfg, tokenizer, dataset) -> str:
+    asked = cfg.tokenizer.chat_template
+    if asked and asked.endswith(".jinja"):
+        if not Path(asked).is_file():
+            raise ValueError(f"tokenizer.chat_template = {asked!r}: there is no such file")
+        asked = Path(asked).read_text(encoding="utf-8")
+    chat_template = asked or dataset.task_spec.custom_template or tokenizer.chat_template
+    if not isinstance(chat_template, str):
+        raise ValueError(
+            f"the tokenizer of {cfg.model.name!r} brings no chat template (or several), nor does the dataset; "
+            "set tokenizer.chat_template to Jinja text or the path of a .jinja file"
+        )
+    return templates.with_bos(tokenizer, chat_template)
+
+
+def find_stop_ids(tokenizer, examples) -> list[int]:
+    """Ids at which generation stops: those that end the trained turns, then the tokenizer's EOS."""
+    ends = []
+    for i in range(min(len(examples), 1000)):
+        _, labels = examples[i]
+        last = int(labels[np.flatnonzero(labels != templates.IGNORE_INDEX)[-1]])
+        if last in templates.special_ids(tokenizer) and last not in ends:
+            ends.append(last)
+    eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    return list(dict.fromkeys([*ends, *eos]))
+
+
+# ---- the loop --------------------------------------------------------------------------------------------------------
+
+
+def train(cfg, output_dir, rank, local_rank, world_size, tokenizer, train_set, validation_set, stop_ids, start):
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+
+    torch.manual_seed(cfg.seed)
+    model = modelling.load(cfg.model, device)
+    embeddings = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embeddings:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model's embedding only {embeddings}")
+    max_tokens = cfg.train.max_tokens_per_micro_batch
+    if device.type == "cpu" and not modelling.keeps_documents_apart(model):
+        max_tokens = 1
+        if rank == 0:
+            print("packed documents would see each other in this model: each row holds one document")
+    strategy = modelling.choose_strategy(cfg.parallel.strategy, model, world_size, device)
+    if strategy == "fsdp" and not dist.is_initialized():
+        strategy = "ddp"  # one process has nothing to shard
+    parallel_model, model = modelling.parallelise(model, cfg, strategy, world_size, device)
+    optimizer = modelling.make_optimizer(model, cfg.train)
+    if start:
+        checkpoint.load(checkpoint.find(output_dir)[-1], model, optimizer)
+
+    batch_size = cfg.train.global_batch_size
+    steps_per_epoch = packing.steps_per_epoch(len(train_set), batch_size)
+    steps = min(cfg.train.max_epochs * steps_per_epoch, cfg.train.max_steps or math.inf)
+    tracker = None
+    if rank == 0:
+        print(
+            f"{cfg.model.name}: {sum(p.numel() for p in model.parameters()):,} weights, {strategy} over {world_size} "
+            f"process(es) on {device.type}; {steps} steps, {steps_per_epoch} an epoch"
+            + (f"; going on from step {start}" if start else "")
+        )
+        tracker = Tracker(
+            cfg.logger, configuration.to_dict(cfg), configuration.dump(cfg), output_dir, start, int(steps)
+        )
+
+    limit = validation_set.lengths[: cfg.validation.max_examples]
+    validation_rows = packing.pack(np.arange(len(limit)), limit, world_size, max_tokens)[rank]
+    latest = {}  # the newest validation's figures, kept with each checkpoint
+
+    def validate(step: int):
+        model.eval()
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        with torch.no_grad(), modelling.precision(cfg, strategy, device):
+            for row in validation_rows:
+                total += modelling.loss_sum(parallel_model, data.collate(validation_set, row, device))
+        model.train()
+        tokens = int(validation_set.supervised[: len(limit)].sum())
+        loss = float(all_sum(total)) / tokens
+        latest["val/loss"] = loss
+        figures = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700)), "val/supervised_tokens": tokens}
+        if cfg.validation.exact_match and step in (0, steps):
+            figures["val/exact_match"] = exact_match(cfg, model, tokenizer, validation_set, stop_ids, world_size, rank)
+        if tracker:
+            tracker.log(step, figures)
+        if cfg.validation.samples:
+            samples(cfg, model, tokenizer, validation_set, stop_ids, tracker, step)
+
+    def write_model(folder: Path):
+        state_dict = modelling.full_state_dict(model)
+        if rank == 0:
+            modelling.export(model, state_dict, tokenizer, modelling.compute_dtype(cfg), stop_ids, folder)
+
+    def save(step: int):
+        checkpoint.save(output_dir, step, model, optimizer, write_model, latest, rank, barrier)
+        if rank == 0:
+            checkpoint.rotate(output_dir, cfg.checkpoint.keep)
+            set_status(output_dir, "running", step)
+
+    asked = []  # names of signals that ask this rank to stop
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
+        signal.signal(getattr(signal, name), lambda number, _: stop_or_end(asked, signal.Signals(number).name))
+    began = time.monotonic()
+    if not start and cfg.validation.at_start and cfg.validation.every:
+        validate(0)
+
+    model.train()
+    step = start
+    for step in range(start + 1, int(steps) + 1):
+        clock = time.perf_counter()
+        # Which conversations, and in which rows: the same plan on every rank, from (seed, step) alone
+        chosen = packing.step_examples(len(train_set), step, cfg.seed, batch_size)
+        rows = packing.pack(chosen, train_set.lengths, world_size, max_tokens)[rank]
+        supervised = int(train_set.supervised[chosen].sum())
+        tokens = int(train_set.lengths[chosen].sum())
+        torch.manual_seed((cfg.seed * 1_000_003 + step) * 65_537 + rank)  # dropout: from (seed, step, rank)
+
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        losses = []
+        for i, row in enumerate(rows):
+            more = strategy == "ddp" and world_size > 1 and i < len(rows) - 1
+            with parallel_model.no_sync() if more else contextlib.nullcontext():
+                with modelling.precision(cfg, strategy, device):
+                    loss = modelling.loss_sum(parallel_model, data.collate(train_set, row, device))
+                # Gradients are averaged over ranks, so their sum over the global count needs the factor world_size
+                (loss * world_size / supervised).backward()
+            total += loss.detach()
+            losses.append(loss.detach())
+        grad_norm = clip(model, cfg.train.clip_grad_norm)
+
+        reason = asked[0] if asked else stop_reason(cfg, output_dir, began)
+        total, stops = all_sum(torch.stack([total, total.new_tensor(float(reason is not None))])).tolist()
+        step_loss = total / supervised
+        if not (math.isfinite(step_loss) and math.isfinite(grad_norm)):
+            name_the_broken(step, step_loss, grad_norm, rows, losses, train_set, world_size)
+        for group in optimizer.param_groups:
+            group["lr"] = modelling.learning_rate(cfg.train, step, int(steps))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        if tracker:
+            tracker.log(
+                step,
+                {
+                    "train/loss": step_loss,
+                    "train/grad_norm": grad_norm,
+                    "train/learning_rate": optimizer.param_groups[0]["lr"],
+                    "train/supervised_tokens": supervised,
+                    "train/tokens": tokens,
+                    "train/tokens_per_second": tokens / (time.perf_counter() - clock),
+                },
+            )
+        if cfg.validation.every and (step % cfg.validation.every == 0 or step == steps):
+            validate(step)
+        if stops or step == steps or (cfg.checkpoint.every and step % cfg.checkpoint.every == 0):
+            save(step)
+        if stops and step < steps:
+            if rank == 0:
+                reason = reason or "another rank was asked to stop"
+                set_status(output_dir, "stopped", step, reason)
+                tracker.say(f"stopped after step {step} ({reason}); the same command goes on from there")
+                tracker.close()
+                (output_dir / "STOP").unlink(missing_ok=True)
+            return
+
+    finish(cfg, output_dir, rank, write_model, tracker, int(steps))
+
+
+def clip(model, max_norm: float | None) -> float:
+    """The norm of all gradients before clipping, over all ranks; they are clipped where `max_norm` is set."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm if max_norm is not None else math.inf)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+def all_sum(value: torch.Tensor) -> torch.Tensor:
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+def name_the_broken(step, loss, grad_norm, rows, losses, train_set, world_size):
+    """Raise on all ranks, naming the conversations whose loss is not finite (or all of the step's)."""
+    broken = [i for row, value in zip(rows, losses, strict=True) if not torch.isfinite(value) for i in row]
+    everything = [i for row in rows for i in row]
+    gathered = [(broken, everything)]
+    if world_size > 1:
+        gathered = [None] * world_size
+        dist.all_gather_object(gathered, (broken, everything))
+    named = [i for part, _ in gathered for i in part] or [i for _, part in gathered for i in part]
+    numbers = ", ".join(str(int(train_set.rows[i])) for i in sorted(named)[:20])
+    raise FloatingPointError(
+        f"step {step}: the loss is {loss} and the gradient norm {grad_norm}; the weights are as after step {step - 1}. "
+        f"Rows of the training split in it: {numbers}. Lower train.learning_rate, or look at these rows"
+    )
+
+
+def stop_or_end(asked: list[str], name: str):
+    if "SIGINT" in asked and name == "SIGINT":
+        os._exit(130)  # a second Ctrl-C
+    asked.append(name)
+
+
+def stop_reason(cfg, output_dir: Path, began: float) -> str | None:
+    if cfg.checkpoint.must_save_by:
+        days, hours, minutes, seconds = map(int, cfg.checkpoint.must_save_by.split(":"))
+        if time.monotonic() - began >= ((days * 24 + hours) * 60 + minutes) * 60 + seconds:
+            return f"checkpoint.must_save_by = {cfg.checkpoint.must_save_by}"
+    return f"{output_dir / 'STOP'}" if (output_dir / "STOP").exists() else None
+
+
+def finish(cfg, output_dir: Path, rank: int, write_model, tracker, steps: int):
+    unfinished = output_dir / "unfinished_model"
+    write_model(unfinished)
+    if rank == 0:
+        if (output_dir / "model").is_dir():
+            (output_dir / "model").rename(output_dir / "unfinished_old_model")
+        checkpoint.flush(unfinished)
+        unfinished.rename(output_dir / "model")
+        checkpoint.shutil.rmtree(output_dir / "unfinished_old_model", ignore_errors=True)
+        tracker.say(f"finished: {output_dir / 'model'} holds the model (reloaded, equal to the trained weights)")
+        tracker.close()
+        set_status(output_dir, "finished", steps)
+    barrier()
+
+
+# ---- answers ---------------------------------------------------------------------------------------------------------
+
+
+def turns_of(examples, i: int) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, reference ids) of each trained turn of conversation i."""
+    ids, labels = examples[i]
+    trained = np.flatnonzero(labels != templates.IGNORE_INDEX)
+    turns = []
+    for run in np.split(trained, np.flatnonzero(np.diff(trained) > 1) + 1):
+        turns.append((ids[: run[0]].tolist(), ids[run[0] : run[-1] + 1].tolist()))
+    return turns
+
+
+def samples(cfg, model, tokenizer, examples, stop_ids, tracker, step: int):
+    """Answer the first validation prompts aloud. Every rank takes part: a sharded model runs on all or none."""
+    chosen = [turns_of(examples, i)[-1] for i in range(min(cfg.validation.samples, len(examples)))]
+    longest = min(128, max(len(reference) for _, reference in chosen) + 8)
+    answers = modelling.generate(model, tokenizer, [prompt for prompt, _ in chosen], longest, stop_ids)
+    if tracker:
+        for n, ((prompt, reference), answer) in enumerate(zip(chosen, answers, strict=True)):
+            asked = tokenizer.decode(prompt, skip_special_tokens=True)
+            expected = tokenizer.decode(reference, skip_special_tokens=True).strip()
+            said = tokenizer.decode(answer, skip_special_tokens=True).strip()
+            text = f"--- sample {n + 1}: {asked[-400:]}\n    expected: {expected}\n    answered: {said}"
+            tracker.text(step, f"samples/{n + 1}", text)
+
+
+def exact_match(cfg, model, tokenizer, examples, stop_ids, world_size: int, rank: int) -> float:
+    """Share of the validation turns that the model answers, greedily, with the very text of the reference."""
+    turns = [turn for i in range(min(cfg.validation.exact_match, len(examples))) for turn in turns_of(examples, i)]
+    turns.sort(key=lambda turn: len(turn[0]))
+    sharded = any(hasattr(p, "placements") for p in model.parameters())
+    mine = turns if sharded else turns[rank::world_size]  # a sharded model runs on all ranks or none
+    right = 0
+    for at in range(0, len(mine), 64):
+        batch = mine[at : at + 64]
+        longest = min(256, max(len(reference) for _, reference in batch) + 4)
+        answers = modelling.generate(model, tokenizer, [prompt for prompt, _ in batch], longest, stop_ids)
+        for (_, reference), answer in zip(batch, answers, strict=True):
+            wanted = [token for token in reference if token not in stop_ids]
+            right += tokenizer.decode(answer).strip() == tokenizer.decode(wanted).strip()
+    total = right if sharded else float(all_sum(torch.tensor(float(right), device=model.device)))
+    return total / len(turns)
+
+
+if __name__ == "__main__":
+    main()
