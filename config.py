@@ -287,7 +287,19 @@ def leaves(cls=Config, prefix=""):
 
 
 def nearest(name: str) -> str:
+    """The key that was most likely meant: one with this last part, one of the same section, then any."""
     names = [full_name for full_name, _, _ in leaves()]
+    section, _, last = name.rpartition(".")
+    sections = sorted({known.rpartition(".")[0] for known in names} - {""})
+    exact = [known for known in names if known.rpartition(".")[2] == last]
+    if exact:
+        return exact[0]
+    if section in sections:
+        inside = [known for known in names if known.rpartition(".")[0] == section]
+        initials = [known for known in inside if "".join(w[0] for w in known.rpartition(".")[2].split("_")) == last]
+        return (initials or difflib.get_close_matches(name, inside, 1, 0.0))[0]
+    if not section and difflib.get_close_matches(name, sections, 1, 0.6):
+        return difflib.get_close_matches(name, sections, 1, 0.6)[0]
     by_last = {full_name.rsplit(".", 1)[-1]: full_name for full_name in names}
     close = difflib.get_close_matches(name, names, 1, 0.6)
     if close:
@@ -330,11 +342,15 @@ class YamlLoader(yaml.SafeLoader):
                 raise ValueError(f"the key {name!r} is there twice{node.start_mark}")
         return super().construct_mapping(node, deep)
 
+    def construct_decimal(self, node):
+        return int(node.value)  # PyYAML reads 010 as 8
+
 
 YamlLoader.yaml_implicit_resolvers = {
     first: [(tag, regexp) for tag, regexp in resolvers if tag.rsplit(":", 1)[-1] not in ("int", "float", "timestamp")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+YamlLoader.add_constructor("tag:yaml.org,2002:int", YamlLoader.construct_decimal)
 YamlLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+" r"$"), list("-+0123456789"))
 YamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",

@@ -1,5 +1,6 @@
 """Dataset classes; conversations in, tokenised and memory-mapped examples out; rows of them as tensors."""
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -49,7 +51,8 @@ class Squad:
     )
 
     def __init__(self):
-        rows = datasets.load_dataset("rajpurkar/squad")
+        with from_hub("data.dataset", "rajpurkar/squad"):
+            rows = datasets.load_dataset("rajpurkar/squad")
         self.formatted_ds = {
             split: rows[split].map(squad_messages, remove_columns=rows[split].column_names, desc=f"SQuAD {split}")
             for split in ("train", "validation")
@@ -91,7 +94,10 @@ class OpenAssistant:
     )
 
     def __init__(self, seed: int = 42, validation: float = 0.05):
-        path = hub_file("OpenAssistant/oasst1", "2023-04-12_oasst_ready.trees.jsonl.gz")
+        with from_hub("data.dataset", "OpenAssistant/oasst1"):
+            path = huggingface_hub.hf_hub_download(
+                "OpenAssistant/oasst1", "2023-04-12_oasst_ready.trees.jsonl.gz", repo_type="dataset"
+            )
         trees = [read_json(line, f"{path}:{i}") for i, line in enumerate(open_lines(path), 1)]
         chosen = set(validation_indices(len(trees), validation, seed).tolist())
         splits = {"train": [], "validation": []}
@@ -105,12 +111,11 @@ class OpenAssistant:
 
 
 def tree_paths(node: dict):
-    """Every way from this message to a leaf, as lists of messages; a last user turn with no answer is cut off."""
+    """Every way from this message to a leaf, as lists of messages."""
     message = {"role": {"prompter": "user", "assistant": "assistant"}[node["role"]], "content": node["text"]}
-    answered = [reply for reply in node["replies"] if not (reply["role"] == "prompter" and not reply["replies"])]
-    if not answered:
+    if not node["replies"]:
         yield [message]
-    for reply in answered:
+    for reply in node["replies"]:
         for rest in tree_paths(reply):
             yield [message, *rest]
 
@@ -134,7 +139,8 @@ class HubChats:
     """A data set of the Hub with a `messages` column. `validation`: a split's name, or a fraction of `train`."""
 
     def __init__(self, path: str, subset: str | None = None, train: str = "train", validation="validation", seed=42):
-        loaded = datasets.load_dataset(path, subset)
+        with from_hub("data.dataset", path):
+            loaded = datasets.load_dataset(path, subset)
         for name in [train] + ([validation] if isinstance(validation, str) else []):
             if name not in loaded:
                 raise ValueError(
@@ -270,10 +276,20 @@ def split_rows(rows: Rows, fraction: float, seed: int) -> dict:
     return {"train": rows.select(np.flatnonzero(~held_out)), "validation": rows.select(np.flatnonzero(held_out))}
 
 
-def hub_file(repository: str, name: str) -> str:
-    from huggingface_hub import hf_hub_download
-
-    return hf_hub_download(repository, name, repo_type="dataset")
+@contextlib.contextmanager
+def from_hub(key: str, name: str):
+    """Whatever goes wrong in reading `name` becomes a ValueError with the key, where it was looked for and the mend."""
+    constants = huggingface_hub.constants
+    try:
+        yield
+    except OSError as error:
+        offline = " (HF_HUB_OFFLINE is set: only the cache is looked at)" if constants.HF_HUB_OFFLINE else ""
+        raise ValueError(
+            f"{key} = {name!r} could not be read: there is no such folder, and neither {constants.ENDPOINT}{offline} "
+            f"nor the cache {constants.HF_HOME} gives it. Check the name and the connection; where it is private or "
+            f"gated, accept its licence on its page, then `hf auth login` or set HF_TOKEN. "
+            f"({' '.join(str(error).split())[:300]})"
+        ) from error
 
 
 def check_row(row):

@@ -112,21 +112,33 @@ def load(config, device: torch.device) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def keeps_documents_apart(model) -> bool:
-    """Whether a packed row gives each document the logits that it has alone: measured on the loaded model."""
+def keeps_documents_apart(model, dtype: torch.dtype) -> bool:
+    """Whether a packed row gives each document the logits that it has alone, and the same ones beside any others:
+    measured on the loaded model, which computes in `dtype`. Every rank of a sharded model has to call it."""
     model.eval()
     device, vocabulary = model.device, model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
-    documents = [torch.randint(vocabulary, (1, length), generator=generator).to(device) for length in (7, 12, 5)]
-    together = torch.cat(documents, dim=1)
-    positions = torch.cat([torch.arange(d.shape[1], device=device) for d in documents])[None]
-    packed = model(together, position_ids=positions, document_ends=[7, 19, 24], use_cache=False).logits
-    alone = [
-        model(d, position_ids=torch.arange(d.shape[1], device=device)[None], use_cache=False).logits for d in documents
-    ]
-    alone = torch.cat(alone, dim=1)
+    first, second, third, other_first, other_third = (
+        torch.randint(vocabulary, (1, length), generator=generator) for length in (7, 12, 5, 7, 5)
+    )
+
+    def logits_of_second(*documents):
+        positions = torch.cat([torch.arange(d.shape[1]) for d in documents])[None]
+        ends = torch.tensor([d.shape[1] for d in documents]).cumsum(0).tolist()
+        ids, positions = torch.cat(documents, dim=1).to(device), positions.to(device)
+        logits = model(ids, position_ids=positions, document_ends=ends, use_cache=False).logits[0].float()
+        at = 0 if len(documents) == 1 else 7
+        return logits[at : at + 12]  # (12, vocabulary)
+
+    alone = logits_of_second(second)
+    packed = logits_of_second(first, second, third)
+    beside_others = logits_of_second(other_first, second, other_third)
     model.train()
-    return bool((packed - alone).abs().max() <= 1e-4 * alone.abs().max().clamp(min=1.0))
+    scale = alone.abs().max().clamp(min=1e-3)
+    rounding = 1e-4 if dtype == torch.float32 else 0.03
+    return bool(
+        (packed - beside_others).abs().max() <= 1e-4 * scale and (packed - alone).abs().max() <= rounding * scale
+    )
 
 
 # ---- parallel --------------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def main():
             set_status(output_dir, "failed", None, str(error))
         if os.environ.get("SFT_TRACEBACK"):
             raise
-        raise SystemExit(f"error: {explain(error, cfg)}") from None
+        raise SystemExit(f"error: {' '.join(str(error).split())}") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -151,22 +151,6 @@ def set_status(output_dir: Path, state: str, step: int | None, reason: str | Non
     checkpoint.write_atomically(output_dir / "status.json", text)
 
 
-def explain(error: Exception, cfg) -> str:
-    text = " ".join(str(error).split())
-    if any(word in text for word in ("gated", "401 Client", "not a valid model identifier", "Cannot access gated")):
-        return (
-            f"model.name = {cfg.model.name!r} could not be read from {hub()}: it is missing, private or gated. Check "
-            f"the name; for a gated model accept its licence on its page, then `hf auth login` or set HF_TOKEN. ({text[:300]})"
-        )
-    return text
-
-
-def hub() -> str:
-    from huggingface_hub import constants
-
-    return f"{constants.ENDPOINT} (cache: {constants.HF_HOME})"
-
-
 def barrier():
     if dist.is_initialized():
         dist.barrier()
@@ -187,7 +171,9 @@ def prepare(cfg, rank: int, local_rank: int):
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=False, timeout=datetime.timedelta(days=7))
         name = f"prepared/{os.environ['TORCHELASTIC_RESTART_COUNT']}/{os.environ['GROUP_RANK']}"
-    tokenizer = modelling.load_tokenizer(cfg.tokenizer.name or cfg.model.name, cfg.model.revision)
+    named = ("tokenizer.name", cfg.tokenizer.name) if cfg.tokenizer.name else ("model.name", cfg.model.name)
+    with data.from_hub(*named):
+        tokenizer = modelling.load_tokenizer(named[1], None if cfg.tokenizer.name else cfg.model.revision)
     if local_rank == 0:
         dataset = data.load_dataset_class(cfg.data.dataset, cfg.data.args)
         chat_template = choose_template(cfg, tokenizer, dataset)
@@ -261,19 +247,22 @@ def train(cfg, output_dir, rank, local_rank, world_size, tokenizer, train_set, v
         torch.cuda.set_device(device)
 
     torch.manual_seed(cfg.seed)
-    model = modelling.load(cfg.model, device)
+    with data.from_hub("model.name", cfg.model.name):
+        model = modelling.load(cfg.model, device)
     embeddings = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embeddings:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model's embedding only {embeddings}")
     max_tokens = cfg.train.max_tokens_per_micro_batch
-    if device.type == "cpu" and not modelling.keeps_documents_apart(model):
-        max_tokens = 1
-        if rank == 0:
-            print("packed documents would see each other in this model: each row holds one document")
     strategy = modelling.choose_strategy(cfg.parallel.strategy, model, world_size, device)
     if strategy == "fsdp" and not dist.is_initialized():
         strategy = "ddp"  # one process has nothing to shard
     parallel_model, model = modelling.parallelise(model, cfg, strategy, world_size, device)
+    with modelling.precision(cfg, strategy, device):
+        apart = modelling.keeps_documents_apart(model, modelling.compute_dtype(cfg))
+    if not apart:
+        max_tokens = 1
+        if rank == 0:
+            print("packed documents would see each other in this model: each row holds one document")
     optimizer = modelling.make_optimizer(model, cfg.train)
     if start:
         checkpoint.load(checkpoint.find(output_dir)[-1], model, optimizer)

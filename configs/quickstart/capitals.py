@@ -130,7 +130,8 @@ def make_tokenizer_and_model_configuration():
     tokenizer.save_pretrained(HERE)
     LlamaConfig(
         vocab_size=1024, hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=True, architectures=["LlamaForCausalLM"],
+        num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=True,
+        architectures=["LlamaForCausalLM"],
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     ).save_pretrained(HERE)  # fmt: skip
 
