@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
@@ -56,7 +57,9 @@ def save(output_dir: Path, step: int, model, optimizer, write_model, metrics: di
         unfinished.mkdir(parents=True)
     barrier()
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=unfinished / "state")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")  # one process is a good number
+        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=unfinished / "state")
     write_model(unfinished / "model")
     barrier()
     if rank == 0:
@@ -72,7 +75,9 @@ def load(folder: Path, model, optimizer):
     """Read the state back, on any number of ranks, DDP or FSDP."""
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=folder / "state")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
+        dcp.load(state, checkpoint_id=folder / "state")
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 

@@ -257,15 +257,15 @@ def train(cfg, output_dir, rank, local_rank, world_size, tokenizer, train_set, v
     if strategy == "fsdp" and not dist.is_initialized():
         strategy = "ddp"  # one process has nothing to shard
     parallel_model, model = modelling.parallelise(model, cfg, strategy, world_size, device)
+    optimizer = modelling.make_optimizer(model, cfg.train)
+    if start:
+        checkpoint.load(checkpoint.find(output_dir)[-1], model, optimizer)
     with modelling.precision(cfg, strategy, device):
         apart = modelling.keeps_documents_apart(model, modelling.compute_dtype(cfg))
     if not apart:
         max_tokens = 1
         if rank == 0:
             print("packed documents would see each other in this model: each row holds one document")
-    optimizer = modelling.make_optimizer(model, cfg.train)
-    if start:
-        checkpoint.load(checkpoint.find(output_dir)[-1], model, optimizer)
 
     batch_size = cfg.train.global_batch_size
     steps_per_epoch = packing.steps_per_epoch(len(train_set), batch_size)
