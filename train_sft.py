@@ -332,21 +332,11 @@ def train(cfg, output_dir, rank, local_rank, world_size, tokenizer, train_set, v
         tokens = int(train_set.lengths[chosen].sum())
         torch.manual_seed((cfg.seed * 1_000_003 + step) * 65_537 + rank)  # dropout: from (seed, step, rank)
 
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        losses = []
-        for i, row in enumerate(rows):
-            more = strategy == "ddp" and world_size > 1 and i < len(rows) - 1
-            with parallel_model.no_sync() if more else contextlib.nullcontext():
-                with modelling.precision(cfg, strategy, device):
-                    loss = modelling.loss_sum(parallel_model, data.collate(train_set, row, device))
-                # Gradients are averaged over ranks, so their sum over the global count needs the factor world_size
-                (loss * world_size / supervised).backward()
-            total += loss.detach()
-            losses.append(loss.detach())
+        losses = forward_backward(cfg, parallel_model, strategy, train_set, rows, supervised, world_size, device)
         grad_norm = clip(model, cfg.train.clip_grad_norm)
 
         reason = asked[0] if asked else stop_reason(cfg, output_dir, began)
-        total, stops = all_sum(torch.stack([total, total.new_tensor(float(reason is not None))])).tolist()
+        total, stops = all_sum(torch.stack([losses.sum(), losses.new_tensor(float(reason is not None))])).tolist()
         step_loss = total / supervised
         if not (math.isfinite(step_loss) and math.isfinite(grad_norm)):
             name_the_broken(step, step_loss, grad_norm, rows, losses, train_set, world_size)
@@ -381,6 +371,21 @@ def train(cfg, output_dir, rank, local_rank, world_size, tokenizer, train_set, v
             return
 
     finish(cfg, output_dir, rank, write_model, tracker, int(steps))
+
+
+def forward_backward(cfg, parallel_model, strategy, examples, rows, supervised: int, world_size: int, device):
+    """Add the gradients of a step's loss, `supervised` tokens over all ranks, from this rank's rows. Returns the summed
+    token losses of each row, float64 (rows,)."""
+    losses = []
+    for i, row in enumerate(rows):
+        more = strategy == "ddp" and world_size > 1 and i < len(rows) - 1
+        with parallel_model.no_sync() if more else contextlib.nullcontext():
+            with modelling.precision(cfg, strategy, device):
+                loss = modelling.loss_sum(parallel_model, data.collate(examples, row, device))
+            # Gradients are averaged over ranks, so their sum over the global count needs the factor world_size
+            (loss * world_size / supervised).backward()
+        losses.append(loss.detach().double())
+    return torch.stack(losses)
 
 
 def clip(model, max_norm: float | None) -> float:

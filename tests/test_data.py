@@ -1,0 +1,141 @@
+import json
+
+import datasets
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+import data
+
+TOKENIZER = AutoTokenizer.from_pretrained("configs/quickstart")
+TEMPLATE = TOKENIZER.chat_template
+
+
+def chat(*contents, **first):
+    roles = ["user", "assistant"] * len(contents)
+    messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+    return {"messages": messages, **first}
+
+
+def tokens_of(tmp_path, rows, **options):
+    folder = data.tokenise(rows, TOKENIZER, TEMPLATE, "all", tmp_path / "cache", "test", 1)
+    return data.Examples(folder, options.get("max_seq_length", 1000), options.get("overlong", "drop"))
+
+
+def test_the_batch_that_reaches_the_model_has_labels_on_the_answers_alone(tmp_path):
+    examples = tokens_of(tmp_path, [chat("One?", "First.", "Two?", "Second."), chat("Three?", "Third.")])
+    batch = data.collate(examples, [0, 1])
+    ids, labels, end = batch["input_ids"][0], batch["labels"], TOKENIZER.convert_tokens_to_ids("<|im_end|>")
+    assert batch["position_ids"][0].tolist() == [*range(examples.lengths[0]), *range(examples.lengths[1])]
+    trained = (labels != -100).nonzero().squeeze(1)
+    assert (ids[trained + 1] == labels[trained]).all()  # a position predicts the token behind it
+    assert TOKENIZER.decode(labels[trained]) == "First.<|im_end|>Second.<|im_end|>Third.<|im_end|>"
+    before = [ids[i].item() for i in trained if labels[i - 1] == -100]
+    assert TOKENIZER.decode(before) == "\n\n\n" and (labels == end).sum() == 3  # the first is fed "assistant\n"
+    assert labels[batch["document_ends"][0] - 1] == -100 == labels[-1]
+
+
+def test_a_conversation_of_the_maximal_length_is_kept_and_one_more_is_overlong(tmp_path):
+    length = int(tokens_of(tmp_path, [chat("One?", "First.")]).lengths[0])
+    kept = [len(tokens_of(tmp_path, [chat("One?", "First.")], max_seq_length=length + k)) for k in (-1, 0, 1)]
+    assert kept == [0, 1, 1]
+    cut = tokens_of(tmp_path, [chat("One?", "First.")], max_seq_length=length - 2, overlong="truncate")
+    assert cut.lengths.tolist() == [length - 2] and cut.overlong == 1
+    assert TOKENIZER.convert_tokens_to_ids("<|im_end|>") not in cut[0][1]  # no end of a turn that was cut
+    with pytest.raises(ValueError, match="max_seq_length"):
+        tokens_of(tmp_path, [chat("One?", "First.")], max_seq_length=length - 1, overlong="error")
+
+
+def test_tokens_are_made_once_and_again_when_anything_changes(tmp_path):
+    def folder(rows, template=TEMPLATE, train_on="all"):
+        return data.tokenise(rows, TOKENIZER, template, train_on, tmp_path, "test", 1)
+
+    first = folder([chat("One?", "First.")])
+    made = (first / "input_ids").stat().st_mtime_ns
+    assert folder([chat("One?", "First.")]) == first and (first / "input_ids").stat().st_mtime_ns == made
+    others = [folder([chat("One?", "first.")]), folder([chat("One?", "First.")], TEMPLATE + "{# #}")]
+    others.append(folder([chat("One?", "First.")], train_on="last"))
+    assert len({first, *others}) == 4
+
+
+def test_many_processes_write_the_tokens_of_one(tmp_path):
+    rows = [chat(f"{i}?", f"It is {i}.") for i in range(1500)]
+    one, two = (
+        data.tokenise(rows, TOKENIZER, TEMPLATE, "all", tmp_path / str(workers), "test", workers) for workers in (1, 2)
+    )
+    assert all((one / name).read_bytes() == (two / name).read_bytes() for name in ("input_ids", "labels"))
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ("{", "not valid JSON"),
+        ("{}", 'no "messages"'),
+        ('{"messages": []}', 'no "messages"'),
+        (json.dumps({"messages": [{"role": "robot", "content": "x"}]}), "role 'robot'"),
+        (json.dumps({"messages": [{"role": "user", "content": 3}]}), "no text"),
+        (json.dumps({"messages": [{"role": "user", "content": "x"}]}), "no assistant turn"),
+    ],
+)
+def test_a_bad_row_stops_with_its_file_line_and_reason(tmp_path, line, reason):
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps(chat("One?", "First.")) + "\n" + line + "\n")
+    with pytest.raises(ValueError, match=reason) as error:
+        tokens_of(tmp_path, data.read_rows(str(path)))
+    assert f"{path}:2:" in str(error.value)
+    assert list((tmp_path / "cache").iterdir()) == []  # nothing half-written
+
+
+def test_tool_arguments_reach_the_template_as_they_stand_in_the_file(tmp_path):
+    calls = [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": n, "arguments": a}}]}
+             for n, a in (("f", {"x": 1}), ("g", {"y": None, "z": [1, {"w": "é"}]}))]  # fmt: skip
+    rows = [{"messages": [{"role": "user", "content": "Go"}, call]} for call in calls]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [data.read_rows(str(path))[i] for i in range(2)] == rows
+
+
+def test_openassistant_has_every_path_and_no_validation_prompt_in_training(tmp_path, monkeypatch):
+    def node(text, *replies, role="prompter"):
+        other = "assistant" if role == "prompter" else "prompter"
+        return {"text": text, "role": role, "replies": [reply(other) for reply in replies]}
+
+    def make(text, *replies):
+        return lambda role: node(text, *replies, role=role)
+
+    trees = [
+        {"prompt": node(f"q{i}", make("a", make("b", make("c"), make("d")), make("e")), make("f"))} for i in range(40)
+    ]
+    trees.append({"prompt": node("unanswered")})
+    path = tmp_path / "trees.jsonl"
+    path.write_text("".join(json.dumps(tree) + "\n" for tree in trees))
+    monkeypatch.setattr(data.huggingface_hub, "hf_hub_download", lambda *_, **__: str(path))
+    made = data.OpenAssistant()
+    texts = {
+        split: ["".join(m["content"] for m in row["messages"][1:]) for row in made.formatted_ds[split]]
+        for split in ("train", "validation")
+    }
+    assert sorted(texts["train"] + texts["validation"]) == sorted(f"q{i}{p}" for i in range(40) for p in ("abc", "abd", "ae", "f"))  # fmt: skip  # noqa: E501
+    prompts = [{row["messages"][1]["content"] for row in made.formatted_ds[split]} for split in texts]
+    assert len(prompts[1]) == 2 and not prompts[0] & prompts[1]
+    assert all(row["messages"][0]["content"] == data.OpenAssistant.system for row in made.formatted_ds["train"])
+
+
+def test_squad_is_context_question_and_first_answer(monkeypatch):
+    row = {"id": "1", "title": "t", "context": " A b. ", "question": "Who? ", "answers": {"text": ["Me", "You"], "answer_start": [0, 1]}}  # fmt: skip  # noqa: E501
+    split = datasets.Dataset.from_list([row])
+    monkeypatch.setattr(data.datasets, "load_dataset", lambda name: {"train": split, "validation": split})
+    messages = data.Squad().formatted_ds["train"][0]["messages"]
+    assert [(m["role"], m["content"]) for m in messages] == [
+        ("system", " A b. "), ("user", "Who? "), ("assistant", "Me")]  # fmt: skip
+    text, spans = data.templates.render(data.Squad.custom_template, messages)
+    assert text == "Context: A b. Question: Who? Answer: Me" and [text[a:b] for a, b in spans] == [" Me"]
+
+
+def test_a_fraction_is_held_out_the_same_way_each_time(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(chat(f"{i}?", "Yes.")) + "\n" for i in range(50)))
+    a, b = (data.load_dataset_class(str(path), {"validation": 0.1}).formatted_ds for _ in range(2))
+    assert len(a["train"]) == 45 and np.array_equal(a["validation"].indices, b["validation"].indices)
+    with pytest.raises(ValueError, match="data.args"):
+        data.load_dataset_class(str(path), {"validatoin": 0.1})

@@ -1,0 +1,121 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import config
+import data
+import model as modelling
+import train_sft
+
+CFG = config.load(None, ["model.dtype=float32"])
+CPU = torch.device("cpu")
+
+
+class Examples:
+    """Random conversations of these lengths, whose last tokens are trained: `supervised` of each."""
+
+    def __init__(self, lengths, supervised):
+        generator = np.random.default_rng(0)
+        self.lengths, self.supervised = np.array(lengths), np.array(supervised)
+        self.ids = [generator.integers(0, 64, length).astype(np.int32) for length in lengths]
+
+    def __getitem__(self, i):
+        labels = self.ids[i].copy()
+        labels[: self.lengths[i] - self.supervised[i]] = -100
+        return self.ids[i], labels
+
+
+def tiny_llama(tied=False):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    made = LlamaConfig(vocab_size=64, num_key_value_heads=2, tie_word_embeddings=tied, **shape)
+    return LlamaForCausalLM._from_config(made, dtype=torch.float32, attn_implementation="document_sdpa")
+
+
+def gradients(rows_of_ranks, rank, world_size, examples):
+    model = tiny_llama()
+    parallel = DistributedDataParallel(model) if world_size > 1 else model
+    train_sft.forward_backward(
+        CFG, parallel, "ddp", examples, rows_of_ranks[rank], int(examples.supervised.sum()), world_size, CPU
+    )
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def one_rank(rank, path, rows_of_ranks, examples):
+    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
+    torch.save(gradients(rows_of_ranks, rank, 2, examples), f"{path}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "rows_of_ranks",
+    [[[[0, 1]], [[2]]], [[[0], [2]], [[1], []]], [[[0, 1, 2]], [[]]]],
+    ids=["uneven tokens", "an empty row", "a rank with nothing to train"],
+)
+def test_two_ranks_give_the_gradient_of_one_process(tmp_path, rows_of_ranks):
+    examples = Examples([40, 9, 23], [31, 2, 1])
+    torch.multiprocessing.spawn(one_rank, (tmp_path, rows_of_ranks, examples), nprocs=2)
+    single = gradients([[[0, 1, 2]]], 0, 1, examples)
+    for rank in range(2):
+        two = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert torch.isfinite(two).all()
+        assert (two - single).norm() / single.norm() < 1e-6
+
+
+def test_the_loss_of_a_packed_row_is_the_sum_of_its_documents_losses():
+    examples, model = Examples([12, 30, 5], [4, 30, 3]), tiny_llama()
+    packed = modelling.loss_sum(model, data.collate(examples, [2, 0, 1]))
+    separate = sum(modelling.loss_sum(model, data.collate(examples, [i])) for i in range(3))
+    plain = 0.0  # and equal to transformers' own loss, with sdpa
+    model.set_attn_implementation("sdpa")
+    for i in range(3):
+        ids, labels = (torch.tensor(x[None].astype(np.int64)) for x in examples[i])
+        plain += model(ids, labels=labels).loss.item() * int((labels[:, 1:] != -100).sum())
+    assert float(packed) == pytest.approx(float(separate), rel=1e-6)
+    assert float(packed) == pytest.approx(plain, rel=1e-6)
+
+
+def test_documents_are_kept_apart_and_a_leak_is_found():
+    model = tiny_llama()
+    assert modelling.keeps_documents_apart(model, torch.float32)
+    model.set_attn_implementation("sdpa_leaking")
+    assert not modelling.keeps_documents_apart(model, torch.float32)
+
+
+def leaking(module, query, key, value, attention_mask, **kwargs):
+    return modelling.document_attention(module, query, key, value, None, **{**kwargs, "document_ends": None})
+
+
+modelling.AttentionInterface.register("sdpa_leaking", leaking)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_saved_model_opens_with_equal_logits(tmp_path, tied):
+    tokenizer = AutoTokenizer.from_pretrained("configs/quickstart")
+    model = tiny_llama(tied)
+    modelling.export(model, modelling.full_state_dict(model), tokenizer, torch.float32, [3, 5], tmp_path / "model")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="document_sdpa")
+    ids = torch.arange(20)[None]
+    assert torch.equal(reloaded(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+    assert json.loads((tmp_path / "model/generation_config.json").read_text())["eos_token_id"] == [3, 5]
+    saved = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert saved.chat_template == tokenizer.chat_template
+
+
+def test_the_learning_rate_is_a_function_of_the_step():
+    train = config.load(None, ["train.schedule=linear", "train.warmup_steps=2", "train.learning_rate=1.0"]).train
+    assert [modelling.learning_rate(train, k, 6) for k in range(1, 7)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    train.schedule, train.min_learning_rate = "cosine", 0.2
+    assert modelling.learning_rate(train, 5, 6) == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 2)) / 2)
+
+
+def test_norms_and_biases_have_no_weight_decay():
+    groups = modelling.make_optimizer(tiny_llama(), CFG.train).param_groups
+    assert all(p.ndim < 2 for group in groups if group["weight_decay"] == 0 for p in group["params"])
+    assert all(p.ndim >= 2 for group in groups if group["weight_decay"] > 0 for p in group["params"])
