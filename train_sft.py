@@ -57,6 +57,7 @@ def main():
             output_dir.mkdir(parents=True, exist_ok=True)
             checkpoint.write_atomically(output_dir / "config.yaml", configuration.dump(cfg))
             set_status(output_dir, "running", start)
+            (output_dir / "STOP").unlink(missing_ok=True)  # it was meant for an earlier start
         train(cfg, output_dir, rank, local_rank, world_size, tokenizer, train_set, validation_set, stop_ids, start)
     except (ValueError, OSError, FloatingPointError) as error:
         if started:
