@@ -357,7 +357,9 @@ def tokenise(rows, tokenizer, chat_template: str, train_on: str, cache: Path, na
     key = hashlib.sha256()
     vocabulary = tokenizer.backend_tokenizer.to_str()
     special = [str(tokenizer.special_tokens_map), str(tokenizer.init_kwargs.get("add_bos_token"))]
-    code = [Path(__file__).read_text(encoding="utf-8"), Path(templates.__file__).read_text(encoding="utf-8")]
+    code = [
+        Path(path).read_text(encoding="utf-8") for path in (__file__, templates.__file__, templates.tracing.__file__)
+    ]
     for part in [fingerprint(rows), chat_template, vocabulary, *special, train_on, *code]:
         key.update(hashlib.sha256(part.encode()).digest())
     if "strftime_now" in chat_template:

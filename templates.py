@@ -1,13 +1,17 @@
 """One conversation to text and trained spans, and to token ids and labels: exact, or refused with a ValueError."""
 
 import functools
+import itertools
 import json
+import re
 from datetime import datetime
 from typing import NamedTuple
 
 import jinja2
 import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+import tracing
 
 IGNORE_INDEX = -100
 
@@ -33,99 +37,286 @@ def render(chat_template: str, messages: list[dict], tools: list[dict] | None = 
 
 
 def render_turns(chat_template, messages, tools=None, **variables) -> tuple[str, list[tuple[int, int, int]]]:
-    """As `render`, with the message that each span belongs to: (index in `messages`, start, end).
+    """As `render`, with the message that each span belongs to: (index in `messages`, start, end), in order.
 
-    With `{% generation %}` tags the template says it itself. Without, a turn is what stands between two texts: the one
-    that inference feeds before the turn (`add_generation_prompt`), and the conversation up to and with the turn. Both
-    must be beginnings of the whole text; a template that looks ahead or back may break that, and is refused.
+    Every character of the text knows whose value it is and which message the template was busy with when it printed it
+    (see tracing.py). Trained is what an assistant message printed of its own, behind the generation prompt.
     """
-    messages = [{k: v for k, v in message.items() if k not in ("train", "weight")} for message in messages]
-    template, writer = compile_template(chat_template)
-    variables = {"tools": tools, "documents": None, **variables}
-
-    def text_of(upto: int, add_generation_prompt: bool) -> str:
-        try:
-            return template.render(messages=messages[:upto], add_generation_prompt=add_generation_prompt, **variables)
-        except (jinja2.TemplateError, TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
-            raise ValueError(f"the chat template refuses messages[:{upto}]: {error}") from None
-
-    assistant = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
-    if writer.has_tags:
-        text, blocks = split_marks(text_of(len(messages), False), writer)
-        if len(blocks) != len(assistant):
-            raise ValueError(
-                f"the chat template wrote {len(blocks)} {{% generation %}} blocks for {len(assistant)} assistant turns; "
-                "put the tags around the whole of what each assistant turn writes"
-            )
-        return text, [(i, start, end) for i, (start, end) in zip(assistant, blocks, strict=True)]
-
-    text = text_of(len(messages), False)
-    turns = []
-    for i in assistant:
-        prompt, upto = text_of(i, True), text_of(i + 1, False)
-        if not text.startswith(upto) or not upto.startswith(prompt):
-            other = prompt if text.startswith(upto) else upto
-            place = next(
-                (k for k, (a, b) in enumerate(zip(other, text, strict=False)) if a != b), min(len(other), len(text))
-            )
-            raise ValueError(
-                f"messages[{i}]: the chat template writes the conversation up to this turn differently once more "
-                f"follows (at character {place}: {other[place : place + 30]!r}, later {text[place : place + 30]!r}), so "
-                "what to train cannot be known; mark it in the template with {% generation %} ... {% endgeneration %}"
-            )
-        turns.append((i, len(prompt), turn_end(upto, len(prompt), messages[i])))
+    compiled = compile_template(chat_template)
+    chat = Chat(compiled, [prepared(message) for message in messages], tools, variables)
+    runs, text = chat.rendering(len(messages), False)
+    if text != chat.plain_text():
+        raise ValueError("the chat template does something that cannot be followed: " + ADVICE)
+    segments, position = [], 0
+    for length, (source, printer, block) in runs:
+        segments.append(Segment(position, position + length, source, printer if printer >= -1 else -2 - printer, block))
+        position += length
+    if compiled.has_tags:
+        turns = tagged_spans(chat, text, segments)
+    else:
+        turns = [span for i in chat.assistants for span in turn_spans(chat, text, segments, i)]
+    turns.sort(key=lambda turn: turn[1])
+    for k, (i, start, end) in enumerate(turns[:-1]):
+        gap = [
+            segment
+            for segment in segments
+            if end <= segment.start < turns[k + 1][1] or segment.start < end < segment.end
+        ]
+        if gap and not text[end : turns[k + 1][1]].strip() and all(segment.printer == i for segment in gap):
+            turns[k] = (i, start, turns[k + 1][1])  # no prompt is fed in between, so that it is said as well
     return text, turns
 
 
-def turn_end(upto: str, start: int, message: dict) -> int:
-    """The end of a turn without the white space that only separates it from the next one."""
-    stripped = max(start, len(upto.rstrip()))
-    content = message.get("content")
-    if isinstance(content, str) and content.strip() and upto[:stripped].endswith(content.rstrip()):
-        return len(upto)  # nothing but white space says that the turn is over
-    return stripped
+class Segment(NamedTuple):
+    start: int
+    end: int
+    source: int
+    printer: int
+    block: int
 
 
-class Writer:
-    """Where `{% generation %}` blocks begin and end: marks are written into the text, and taken out again."""
-
-    def __init__(self, has_tags: bool):
-        self.has_tags = has_tags
-        # Private-use characters that no text of a chat has; one that has them is refused.
-        self.start, self.end = "\U0010fff0", "\U0010fff1"
+ADVICE = "mark what to train in the template with {% generation %} ... {% endgeneration %}"
 
 
-def split_marks(marked: str, writer: Writer) -> tuple[str, list[tuple[int, int]]]:
-    pieces, blocks, position, start = [], [], 0, None
-    for piece in marked.replace(writer.start, "\0\0S").replace(writer.end, "\0\0E").split("\0\0"):
-        if piece[:1] == "S" and pieces and start is None:
-            piece, start = piece[1:], position
-        elif piece[:1] == "E" and pieces and start is not None:
-            blocks.append((start, position))
-            piece, start = piece[1:], None
-        elif pieces:
-            raise ValueError("a text of this conversation holds characters that are reserved (NUL or U+10FFF0)")
-        pieces.append(piece)
-        position += len(piece)
-    return "".join(pieces), blocks
+def prepared(message: dict) -> dict:
+    """As `apply_chat_template` hands it to the template, which finds the reasoning under either name."""
+    message = {name: value for name, value in message.items() if name not in ("train", "weight")}
+    fields = [message[name] for name in ("reasoning_content", "thinking", "reasoning") if message.get(name) is not None]
+    return {"thinking": fields[0], **message, "reasoning_content": fields[0]} if fields else message
+
+
+class Chat:
+    """A conversation with all that its template reads."""
+
+    def __init__(self, compiled, messages, tools, variables):
+        self.compiled, self.messages, self.tools = compiled, messages, tools
+        self.variables = {"documents": None, **variables}
+        self.traced = [tracing.traced(message, 2 * i) for i, message in enumerate(messages)]
+        self.traced_tools = tracing.traced(tools, tracing.FOREIGN)
+        self.assistants = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
+        compiled.clock[0] = datetime.now()
+
+    def chunks(self, messages: list[dict], add_generation_prompt: bool) -> list[str]:
+        """What the template prints, piece by piece."""
+        template = self.compiled.tracing
+        variables = {**self.variables, "messages": messages, "tools": self.traced_tools}
+        context = template.new_context({**variables, "add_generation_prompt": add_generation_prompt})
+        try:
+            return list(template.root_render_func(context))
+        except TEMPLATE_ERRORS as error:
+            raise ValueError(f"the chat template refuses this conversation: {error}") from None
+
+    def rendering(self, upto: int, add_generation_prompt: bool) -> tuple[list, str]:
+        text = tracing.joined(self.chunks(self.traced[:upto], add_generation_prompt))
+        return text.runs, str.__str__(text)
+
+    def plain_text(self) -> str:
+        try:
+            return self.compiled.plain.render(
+                messages=self.messages, tools=self.tools, add_generation_prompt=False, **self.variables
+            )
+        except TEMPLATE_ERRORS as error:
+            raise ValueError(f"the chat template refuses this conversation: {error}") from None
+
+    def prompts(self, messages: list[dict]) -> list[str] | None:
+        """What inference may feed for an answer to these messages, the longest first; None: the template refuses."""
+        try:
+            asked, told = self.chunks(messages, True), self.chunks(messages, False)
+        except ValueError:
+            return None
+        # what is printed behind the messages: more than the prompt, where the template always ends with some text
+        text = tracing.joined(asked)
+        tail = 0
+        for length, (_, printer, _) in reversed(text.runs):
+            if printer != tracing.NOBODY:
+                break
+            tail += length
+        same = common(asked, told)
+        asked, told = "".join(asked[same:]), "".join(told[same:])
+        # a template that prints all at once has no pieces
+        found = {str.__str__(text[len(text) - tail :]), asked if same else asked[common(asked, told) :]}
+        return sorted(found - {""}, key=len, reverse=True) if str.__str__(text) else None
+
+    def usual_prompts(self) -> list[str] | None:
+        """As `prompts`, for an answer to a single question."""
+        blocks = any(isinstance(message.get("content"), list) for message in self.messages)
+        key = (blocks, repr(self.tools), repr(self.variables))
+        if key not in self.compiled.prompts:
+            content = [{"type": "text", "text": "x"}] if blocks else "x"
+            question = tracing.traced({"role": "user", "content": content}, 0)
+            self.compiled.prompts[key] = self.prompts([question])
+        return self.compiled.prompts[key]
+
+    def refuse(self, i: int, what: str, text: str, place: int):
+        raise ValueError(f"messages[{i}]: {what}, at character {place} ({text[place : place + 40]!r}): {ADVICE}")
+
+
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, AttributeError, KeyError, IndexError, ValueError, ArithmeticError)
+
+
+def common(a, b) -> int:
+    return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def turn_spans(chat: Chat, text: str, segments: list[Segment], i: int) -> list[tuple[int, int, int]]:
+    """The trained spans of assistant message i: one, or several where tools answer within the turn."""
+    own = [k for k, segment in enumerate(segments) if segment.printer == i]
+    for segment in segments:
+        if segment.source == 2 * i and segment.printer != i:
+            chat.refuse(i, "what the assistant says is printed where another message is due", text, segment.start)
+    if not own:
+        return []  # left out by the template
+    spans, start = [], turn_start(chat, text, segments, i, own[0])
+    for k in range(own[0], own[-1] + 1):
+        segment = segments[k]
+        if segment.printer == i:
+            if segment.source == tracing.LOST:
+                chat.refuse(i, "the template changes a text so that it cannot be followed", text, segment.start)
+            if segment.source != tracing.LITERAL and segment.source >> 1 != i:
+                chat.refuse(i, "the turn has a text that is not the assistant's", text, segment.start)
+            if spans and spans[-1][1] == segment.start:
+                spans[-1][1] = segment.end
+            elif segment.end > start:
+                spans.append([max(start, segment.start), segment.end])
+        elif segment.printer == tracing.NOBODY or chat.messages[segment.printer].get("role") not in (
+            "tool",
+            "function",
+        ):
+            chat.refuse(i, "within the turn stands a text that is not part of it", text, segment.start)
+    if spans:
+        spans[-1][1] = turn_end(chat, text, segments, i, own, spans[-1][0])
+    return [(i, start, end) for start, end in spans if start < end]
+
+
+def turn_start(chat: Chat, text: str, segments: list[Segment], i: int, first: int) -> int:
+    """Where the generation prompt ends."""
+    start = segments[first].start
+    said = next(k for k in range(first, len(segments) + 1) if k == len(segments) or segments[k].source == 2 * i
+                or segments[k].printer != i)  # fmt: skip
+    head = text[start : segments[said - 1].end] if said > first else ""
+    usual = chat.usual_prompts()
+    for prompt in usual or []:
+        if head.startswith(prompt):
+            return start + len(prompt)
+    here = chat.prompts(chat.traced[:i])
+    for prompt in here or []:
+        if head.startswith(prompt):
+            return start + len(prompt)
+    for prompt in [*(usual or []), *(here or [])]:
+        # the first message may print a BOS or a default system message in front of its header
+        if head.count(prompt) == 1 and re.search(r"\w", prompt):
+            return start + head.index(prompt) + len(prompt)
+    if not here and not usual or here == []:
+        if usual is None and here is None:
+            chat.refuse(
+                i, "the template writes no generation prompt for this conversation or for a question", text, start
+            )
+        return start
+    for prompt in here or usual:
+        # Thoughts that inference opens (or closes) in the prompt, and that this turn has not got
+        pieces = re.findall(r"<[^<>\s]*>|\[[^\[\]\s]*\]|\w+|\s|.", prompt)
+        kept = ""
+        while pieces and head.startswith(kept + pieces[0]):
+            kept += pieces.pop(0)
+        rest = "".join(pieces).strip()
+        if kept.strip() and (not rest or rest[0] in "<["):
+            return start + len(kept)
+        if not kept and not re.search(r"\w", re.sub(r"<[^<>]*>", "", head)) and i and continues(chat.messages[i - 1]):
+            return start
+    chat.refuse(
+        i, f"the header cannot be told from what follows (the generation prompt is {(here or usual)[0]!r})", text, start
+    )
+
+
+def continues(before: dict) -> bool:
+    """Whether an assistant message may go on in the same turn, with no header of its own."""
+    return before.get("role") in ("assistant", "tool", "function")
+
+
+def turn_end(chat: Chat, text: str, segments: list[Segment], i: int, own: list[int], start: int) -> int:
+    """The end of a turn: its end-of-turn text, without the white space that only separates it from what follows."""
+    last = own[-1]
+    end = segments[last].end
+    said = next((k for k in reversed(own) if segments[k].source != tracing.LITERAL), None)
+    closing = text[max(start, segments[said].end) if said is not None else start : end]
+    if closing.strip():
+        return end - len(closing) + len(closing.rstrip())
+    # The turn does not say that it is over: what follows may
+    eos = chat.variables.get("eos_token")
+    after = ""
+    while last + 1 < len(segments) and segments[last + 1].source == tracing.LITERAL:
+        last += 1
+        after += text[segments[last].start : segments[last].end]
+        if segments[last].printer != segments[own[-1] + 1].printer:
+            break
+    if after.strip() and eos and after.lstrip().startswith(eos):
+        return end + after.index(eos) + len(eos)
+    return end
+
+
+def tagged_spans(chat: Chat, text: str, segments: list[Segment]) -> list[tuple[int, int, int]]:
+    """The template's own {% generation %} blocks: they must hold nothing but what assistant messages print."""
+    spans = []
+    for segment in segments:
+        if not segment.block:
+            continue
+        turn = segment.printer
+        if turn == tracing.NOBODY and chat.assistants:  # an end that is printed behind the messages
+            turn = chat.assistants[-1]
+        if turn not in chat.assistants:
+            raise ValueError(
+                f"a {{% generation %}} block holds what is no assistant's, at character {segment.start} "
+                f"({text[segment.start : segment.start + 40]!r})"
+            )
+        if segment.source not in (tracing.LITERAL, 2 * turn, 2 * turn + 1):
+            chat.refuse(turn, "a {% generation %} block holds a text of another message", text, segment.start)
+        if spans and spans[-1][0] == turn and spans[-1][2] == segment.start and spans[-1][3] == segment.block:
+            spans[-1][2] = segment.end
+        else:
+            spans.append([turn, segment.start, segment.end, segment.block])
+    return [tuple(span[:3]) for span in spans]
+
+
+class Compiled(NamedTuple):
+    plain: jinja2.Template
+    tracing: jinja2.Template
+    has_tags: bool
+    clock: list  # the time that the template sees: the same in all renderings of a conversation
+    prompts: dict  # generation prompts that are known, see Chat.usual_prompts
 
 
 @functools.lru_cache(maxsize=32)
-def compile_template(chat_template: str):
-    """The compiled template, in an environment set up as `transformers.utils.chat_template_utils` does it."""
-    writer = Writer(has_tags=False)
+def compile_template(chat_template: str) -> Compiled:
+    """The compiled template, in environments set up as `transformers.utils.chat_template_utils` does it."""
+    has_tags, blocks, clock = [], itertools.count(1), [datetime.now()]
 
     class Generation(jinja2.ext.Extension):
         tags = {"generation"}
 
         def parse(self, parser):
-            writer.has_tags = True
+            has_tags.append(True)
             line = next(parser.stream).lineno
             body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
             return jinja2.nodes.CallBlock(self.call_method("mark"), [], [], body).set_lineno(line)
 
         def mark(self, caller):
-            return writer.start + caller() + writer.end
+            return tracing.mark(caller(), next(blocks))
+
+    class Namespace(jinja2.utils.Namespace):
+        def __init__(*args, **kwargs):
+            self, attributes = args[0], dict(*args[1:], **kwargs)
+            for name in attributes:
+                Namespace.check(name)
+            jinja2.utils.Namespace.__init__(self, attributes)
+
+        def __setitem__(self, name, value):
+            Namespace.check(name)
+            jinja2.utils.Namespace.__setitem__(self, name, value)
+
+        @staticmethod
+        def check(name):
+            if isinstance(name, str) and name.startswith("_"):
+                raise jinja2.exceptions.SecurityError(f"a namespace cannot have the attribute {name!r}")
 
     def raise_exception(message):
         raise jinja2.TemplateError(message)
@@ -134,16 +325,20 @@ def compile_template(chat_template: str):
         # Jinja's own escapes HTML characters
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    def compiled(kind):
+        environment = kind(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+        if kind is ImmutableSandboxedEnvironment:
+            environment.filters["tojson"] = tojson
+        environment.globals.update(
+            raise_exception=raise_exception, namespace=Namespace, strftime_now=lambda form: clock[0].strftime(form)
+        )
+        return environment.from_string(chat_template)
+
     try:
-        return environment.from_string(chat_template), writer
+        plain, traced = compiled(ImmutableSandboxedEnvironment), compiled(tracing.TracingEnvironment)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"the chat template is not valid Jinja, line {error.lineno}: {error.message}") from None
+    return Compiled(plain, traced, bool(has_tags), clock, {})
 
 
 def encode(tokenizer, messages, tools=None, chat_template=None, train_on="all") -> Encoded:
@@ -199,9 +394,8 @@ def is_trained(message: dict, chosen: bool, index: int) -> bool:
 
 def with_bos(tokenizer, chat_template: str) -> str:
     """The template that is saved with the model: it writes the BOS that `encode` puts in front where it has none."""
-    template, writer = compile_template(chat_template)
     try:
-        text = template.render(
+        text = compile_template(chat_template).plain.render(
             messages=[{"role": "user", "content": "Hi"}],
             add_generation_prompt=True,
             tools=None,
@@ -209,7 +403,7 @@ def with_bos(tokenizer, chat_template: str) -> str:
         )
     except Exception:  # a template that refuses this conversation is judged by the data, row by row
         return chat_template
-    if starts_with_bos(tokenizer) and not text.lstrip(writer.start).startswith(tokenizer.bos_token):
+    if starts_with_bos(tokenizer) and not text.startswith(tokenizer.bos_token):
         return "{{- bos_token }}" + chat_template
     return chat_template
 

@@ -39,7 +39,6 @@ def test_generation_tags_are_obeyed():
     assert spoken(tagged, CHAT) == ["First.;", " Second. ;"]
 
 
-def test_a_template_that_writes_an_earlier_turn_differently_later_is_refused():
-    looks_ahead = CHATML.replace("m['content']", "(m['content'] if loop.last else 'gone')")
-    with pytest.raises(ValueError, match="messages.2."):
-        templates.render(looks_ahead, CHAT)
+def test_a_turn_that_the_template_writes_differently_later_is_trained_as_it_stands_in_the_text():
+    looks_ahead = CHATML.replace("m['content']", "(m['content'] if loop.last else '...')")
+    assert spoken(looks_ahead, CHAT) == ["...<|im_end|>", " Second. <|im_end|>"]
