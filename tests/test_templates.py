@@ -1,4 +1,3 @@
-import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 import templates
