@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
+import yaml
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 # What may change between two starts of one run: it changes neither the batches nor the model.
@@ -23,6 +24,34 @@ def find(output_dir: Path) -> list[Path]:
 
 def step_of(folder: Path) -> int:
     return int(folder.name[5:])
+
+
+def where_to_start(config: dict) -> tuple[int, bool]:
+    """(the step of the newest whole checkpoint or 0, whether the run is finished) of `config["output_dir"]`.
+
+    Raises ValueError where another run is there, or what is no run: it is never overwritten.
+    """
+    name = config["output_dir"]
+    output_dir = Path(name)
+    if not output_dir.exists() or not any(output_dir.iterdir()):
+        return 0, False
+    if not (output_dir / "config.yaml").is_file():
+        raise ValueError(f"output_dir = {name!r} is not empty and holds no run; name another folder")
+    if config["checkpoint"]["resume"] == "never":
+        raise ValueError(f"output_dir = {name!r} holds a run already, and checkpoint.resume is never")
+    old = yaml.safe_load((output_dir / "config.yaml").read_text(encoding="utf-8"))
+    differing = differing_keys(old, config)
+    if differing:
+        raise ValueError(
+            f"output_dir = {name!r} holds a run with another configuration: {'; '.join(differing)}; "
+            "name another output_dir, or set the keys as they were"
+        )
+    found = find(output_dir)
+    start = step_of(found[-1]) if found else 0
+    status = output_dir / "status.json"
+    state = json.loads(status.read_text(encoding="utf-8")) if status.is_file() else {}
+    same_length = all(old["train"][key] == config["train"][key] for key in ("max_steps", "max_epochs"))
+    return start, state.get("state") == "finished" and same_length
 
 
 def write_atomically(path: Path, text: str):

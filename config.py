@@ -191,6 +191,26 @@ def load(path: str | None, overrides: list[str]) -> Config:
     return config
 
 
+def from_command_line(arguments: list[str]) -> Config:
+    """[CONFIG.yaml | --config CONFIG.yaml] [KEY=VALUE ...]; no file: configs/squad.yaml. Raises ValueError."""
+    paths, overrides, arguments = [], [], list(arguments)
+    while arguments:
+        argument = arguments.pop(0)
+        if argument == "--config" and arguments:
+            paths.append(arguments.pop(0))
+        elif argument.startswith("--config="):
+            paths.append(argument.partition("=")[2])
+        elif argument.startswith("-"):
+            raise ValueError(f"there is no flag {argument!r}; keys are given as KEY=VALUE, and --help lists them")
+        elif "=" in argument:
+            overrides.append(argument)
+        else:
+            paths.append(argument)
+    if len(paths) > 1:
+        raise ValueError(f"one configuration file, not {len(paths)} ({', '.join(paths)})")
+    return load(paths[0] if paths else str(Path(__file__).parent / "configs/squad.yaml"), overrides)
+
+
 class Raw(typing.NamedTuple):
     """A value from the command line with the text it came from: `model.name=123` is a name, not a number."""
 

@@ -18,6 +18,7 @@ import huggingface_hub
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers import AutoTokenizer
 
 import templates
 
@@ -316,6 +317,61 @@ def check_row(row):
 # ---- tokenised once, memory-mapped ---------------------------------------------------------------------------------
 
 
+def load_tokenizer(config):
+    """The tokenizer that a `config.Config` names."""
+    key, name = (
+        ("tokenizer.name", config.tokenizer.name) if config.tokenizer.name else ("model.name", config.model.name)
+    )
+    with from_hub(key, name):
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=None if config.tokenizer.name else config.model.revision
+        )
+    if not tokenizer.is_fast:
+        raise ValueError(f"{key} = {name!r} has no fast tokenizer (tokenizer.json)")
+    return tokenizer
+
+
+def choose_template(config, tokenizer, dataset) -> str:
+    """The chat template that is trained and saved: the configuration's, else the dataset's, else the tokenizer's."""
+    asked = config.tokenizer.chat_template
+    if asked and asked.endswith(".jinja"):
+        if not Path(asked).is_file():
+            raise ValueError(f"tokenizer.chat_template = {asked!r}: there is no such file")
+        asked = Path(asked).read_text(encoding="utf-8")
+    chat_template = asked or dataset.task_spec.custom_template or tokenizer.chat_template
+    if not isinstance(chat_template, str):
+        raise ValueError(
+            f"the tokenizer of {config.model.name!r} brings no chat template (or several), nor does the dataset; "
+            "set tokenizer.chat_template to Jinja text or the path of a .jinja file"
+        )
+    return templates.with_bos(tokenizer, chat_template)
+
+
+def tokenise_splits(config, tokenizer) -> dict[str, str]:
+    """The data of a configuration, tokenised or found: `chat_template`, and the folders of `train` and `validation`."""
+    dataset = load_dataset_class(config.data.dataset, config.data.args)
+    chat_template = choose_template(config, tokenizer, dataset)
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    cache = Path(huggingface_hub.constants.HF_HOME) / "sft-tokens"
+    prepared = {"chat_template": chat_template}
+    for split in ("train", "validation"):
+        rows, name = dataset.formatted_ds[split], f"{dataset.task_spec.task_name} {split}"
+        prepared[split] = str(tokenise(rows, tokenizer, chat_template, config.data.train_on, cache, name, workers))
+    return prepared
+
+
+def find_stop_ids(tokenizer, examples) -> list[int]:
+    """Ids at which generation stops: those that end the trained turns, then the tokenizer's EOS."""
+    ends = []
+    for i in range(min(len(examples), 1000)):
+        _, labels = examples[i]
+        last = int(labels[np.flatnonzero(labels != templates.IGNORE_INDEX)[-1]])
+        if last in templates.special_ids(tokenizer) and last not in ends:
+            ends.append(last)
+    eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    return list(dict.fromkeys([*ends, *eos]))
+
+
 class Examples:
     """Tokenised conversations in memory-mapped files. `lengths` and `supervised`: tokens of each, int64."""
 
@@ -341,6 +397,14 @@ class Examples:
         kept = (supervised > 0) & (lengths <= max_seq_length)
         self.rows = np.flatnonzero(kept)  # of each example, its row in the split
         self.starts, self.lengths, self.supervised = offsets[:-1][kept], lengths[kept], supervised[kept]
+
+    def check(self, split: str):
+        """Raises ValueError where nothing is left to train."""
+        if len(self) == 0:
+            raise ValueError(
+                f"the split {split!r} of data.dataset has nothing to train: {self.overlong} conversations are longer "
+                f"than data.max_seq_length, {self.nothing_to_train} have no trained turn"
+            )
 
     def __len__(self):
         return len(self.lengths)

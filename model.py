@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 logging.disable_progress_bar()  # a bar per export says nothing; what matters is printed by train_sft.py
@@ -86,21 +86,19 @@ AttentionInterface.register("document_varlen", varlen_attention)
 # ---- load ------------------------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(name: str, revision: str | None):
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    if not tokenizer.is_fast:
-        raise ValueError(f"tokenizer.name = {name!r} has no fast tokenizer (tokenizer.json)")
-    return tokenizer
-
-
-def load(config, device: torch.device) -> torch.nn.Module:
-    """The model of a `config.Model`, float32 on the CPU; random weights are the same on every rank (caller seeds)."""
+def choose_attention(config, device: torch.device) -> str:
+    """The attention of a `config.Model` on a device, by its name in transformers. Raises ValueError."""
     varlen = config.attention == "varlen" or (
         config.attention == "auto" and device.type == "cuda" and config.dtype == "bfloat16"
     )
     if varlen and (device.type != "cuda" or config.dtype != "bfloat16"):
         raise ValueError("model.attention=varlen needs CUDA and model.dtype=bfloat16; auto chooses what fits")
-    attention = "eager" if config.attention == "eager" else "document_varlen" if varlen else "document_sdpa"
+    return "eager" if config.attention == "eager" else "document_varlen" if varlen else "document_sdpa"
+
+
+def load(config, device: torch.device) -> torch.nn.Module:
+    """The model of a `config.Model`, float32 on the CPU; random weights are the same on every rank (caller seeds)."""
+    attention = choose_attention(config, device)
     if config.from_scratch:
         model_config = AutoConfig.from_pretrained(config.name, revision=config.revision)
         model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, attn_implementation=attention)
@@ -108,10 +106,17 @@ def load(config, device: torch.device) -> torch.nn.Module:
         model = AutoModelForCausalLM.from_pretrained(
             config.name, revision=config.revision, dtype=torch.float32, attn_implementation=attention
         )
-    model.config.use_cache = False
-    if config.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    prepare_for_training(model, config)
     return model
+
+
+def prepare_for_training(model, config):
+    model.config.use_cache = False
+    model.train()
+    if config.activation_checkpointing:
+        # its newer name, without the warning
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})  # (positional: the keyword was renamed too)
 
 
 @torch.no_grad()

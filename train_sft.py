@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import yaml
 
 import checkpoint
 import config as configuration
@@ -27,7 +26,7 @@ import packing
 import templates
 from tracking import Tracker
 
-USAGE = "usage: train_sft.py [CONFIG.yaml | --config CONFIG.yaml] [KEY=VALUE ...]"
+USAGE = "usage: train_sft.py [CONFIG.yaml | --config CONFIG.yaml] [KEY=VALUE ...]   (none: configs/squad.yaml)"
 
 
 # ---- start -----------------------------------------------------------------------------------------------------------
@@ -39,7 +38,7 @@ def main():
     output_dir = Path(cfg.output_dir)
     started = False  # from then on, output_dir is this run's
     try:
-        start, finished = where_to_start(cfg, output_dir)
+        start, finished = checkpoint.where_to_start(configuration.to_dict(cfg))
         if finished:
             if rank == 0:
                 print(
@@ -74,23 +73,8 @@ def read_command_line(arguments: list[str]) -> configuration.Config:
     if "--help" in arguments or "-h" in arguments:
         print(f"{__doc__}\n{USAGE}\n\nKeys, their types and defaults:\n\n{configuration.describe()}")
         raise SystemExit(0)
-    paths, overrides, arguments = [], [], list(arguments)
-    while arguments:
-        argument = arguments.pop(0)
-        if argument == "--config" and arguments:
-            paths.append(arguments.pop(0))
-        elif argument.startswith("--config="):
-            paths.append(argument.partition("=")[2])
-        elif argument.startswith("-"):
-            configuration_error(f"there is no flag {argument!r}; {USAGE}")
-        elif "=" in argument:
-            overrides.append(argument)
-        else:
-            paths.append(argument)
-    if len(paths) > 1:
-        configuration_error(f"one configuration file, not {len(paths)} ({', '.join(paths)}); {USAGE}")
     try:
-        return configuration.load(paths[0] if paths else str(Path(__file__).parent / "configs/squad.yaml"), overrides)
+        return configuration.from_command_line(arguments)
     except ValueError as error:
         configuration_error(str(error))
 
@@ -124,29 +108,6 @@ def launch(cfg) -> tuple[int, int, int]:
     return rank, local_rank, world_size
 
 
-def where_to_start(cfg, output_dir: Path) -> tuple[int, bool]:
-    """(the step of the newest whole checkpoint or 0, whether the run is finished). Another run is never overwritten."""
-    if not output_dir.exists() or not any(output_dir.iterdir()):
-        return 0, False
-    if not (output_dir / "config.yaml").is_file():
-        raise ValueError(f"output_dir = {cfg.output_dir!r} is not empty and holds no run; name another folder")
-    if cfg.checkpoint.resume == "never":
-        raise ValueError(f"output_dir = {cfg.output_dir!r} holds a run already, and checkpoint.resume is never")
-    old = yaml.safe_load((output_dir / "config.yaml").read_text(encoding="utf-8"))
-    differing = checkpoint.differing_keys(old, configuration.to_dict(cfg))
-    if differing:
-        raise ValueError(
-            f"output_dir = {cfg.output_dir!r} holds a run with another configuration: {'; '.join(differing)}; "
-            "name another output_dir, or set the keys as they were"
-        )
-    found = checkpoint.find(output_dir)
-    start = checkpoint.step_of(found[-1]) if found else 0
-    status = output_dir / "status.json"
-    state = json.loads(status.read_text(encoding="utf-8")) if status.is_file() else {}
-    same_length = all(old["train"][name] == getattr(cfg.train, name) for name in ("max_steps", "max_epochs"))
-    return start, state.get("state") == "finished" and same_length
-
-
 def set_status(output_dir: Path, state: str, step: int | None, reason: str | None = None):
     text = json.dumps({"state": state, "step": step, "reason": reason}) + "\n"
     checkpoint.write_atomically(output_dir / "status.json", text)
@@ -172,21 +133,9 @@ def prepare(cfg, rank: int, local_rank: int):
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=False, timeout=datetime.timedelta(days=7))
         name = f"prepared/{os.environ['TORCHELASTIC_RESTART_COUNT']}/{os.environ['GROUP_RANK']}"
-    named = ("tokenizer.name", cfg.tokenizer.name) if cfg.tokenizer.name else ("model.name", cfg.model.name)
-    with data.from_hub(*named):
-        tokenizer = modelling.load_tokenizer(named[1], None if cfg.tokenizer.name else cfg.model.revision)
+    tokenizer = data.load_tokenizer(cfg)
     if local_rank == 0:
-        dataset = data.load_dataset_class(cfg.data.dataset, cfg.data.args)
-        chat_template = choose_template(cfg, tokenizer, dataset)
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-        cache = Path(constants.HF_HOME) / "sft-tokens"
-        prepared = {"chat_template": chat_template}
-        for split in ("train", "validation"):
-            label = f"{dataset.task_spec.task_name} {split}"
-            rows = dataset.formatted_ds[split]
-            prepared[split] = str(
-                data.tokenise(rows, tokenizer, chat_template, cfg.data.train_on, cache, label, workers)
-            )
+        prepared = data.tokenise_splits(cfg, tokenizer)
         if store:
             store.set(name, json.dumps(prepared))
     else:
@@ -202,40 +151,8 @@ def prepare(cfg, rank: int, local_rank: int):
                 f"{examples.supervised.sum():,} supervised; {examples.overlong:,} overlong ({cfg.data.overlong}), "
                 f"{examples.nothing_to_train:,} with nothing to train left out"
             )
-        if len(examples) == 0:
-            raise ValueError(
-                f"the split {split!r} of data.dataset = {cfg.data.dataset!r} has nothing to train: "
-                f"{examples.overlong} conversations are longer than data.max_seq_length, "
-                f"{examples.nothing_to_train} have no trained turn"
-            )
-    return tokenizer, *sets, find_stop_ids(tokenizer, sets[0])
-
-
-def choose_template(cfg, tokenizer, dataset) -> str:
-    asked = cfg.tokenizer.chat_template
-    if asked and asked.endswith(".jinja"):
-        if not Path(asked).is_file():
-            raise ValueError(f"tokenizer.chat_template = {asked!r}: there is no such file")
-        asked = Path(asked).read_text(encoding="utf-8")
-    chat_template = asked or dataset.task_spec.custom_template or tokenizer.chat_template
-    if not isinstance(chat_template, str):
-        raise ValueError(
-            f"the tokenizer of {cfg.model.name!r} brings no chat template (or several), nor does the dataset; "
-            "set tokenizer.chat_template to Jinja text or the path of a .jinja file"
-        )
-    return templates.with_bos(tokenizer, chat_template)
-
-
-def find_stop_ids(tokenizer, examples) -> list[int]:
-    """Ids at which generation stops: those that end the trained turns, then the tokenizer's EOS."""
-    ends = []
-    for i in range(min(len(examples), 1000)):
-        _, labels = examples[i]
-        last = int(labels[np.flatnonzero(labels != templates.IGNORE_INDEX)[-1]])
-        if last in templates.special_ids(tokenizer) and last not in ends:
-            ends.append(last)
-    eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    return list(dict.fromkeys([*ends, *eos]))
+        examples.check(split)
+    return tokenizer, *sets, data.find_stop_ids(tokenizer, sets[0])
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------

@@ -1,8 +1,21 @@
-from transformers.utils.chat_template_utils import render_jinja_template
+"""Exactly what the assistant says is trained: known templates, generated conversations, tokens."""
+
+import datetime
+import hashlib
+import json
+import random
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 import templates
 from data import OpenAssistant, Squad
 
+FOLDER = Path(__file__).parent / "templates"
+CASES = json.loads((FOLDER / "cases.json").read_text(encoding="utf-8"))
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -16,11 +29,66 @@ CHAT = [
 ]
 
 
-def spoken(chat_template, messages, **variables):
-    text, spans = templates.render(chat_template, messages, **variables)
-    expected, _ = render_jinja_template([messages], chat_template=chat_template, **variables)
+def spoken(chat_template, messages, tools=None, **variables):
+    text, spans = templates.render(chat_template, messages, tools, **variables)
+    expected, _ = chat_template_utils.render_jinja_template(
+        [messages], chat_template=chat_template, tools=tools, **variables
+    )
     assert text == expected[0]
     return [text[start:end] for start, end in spans]
+
+
+# ---- known templates: the exact characters to train, see tests/templates/SOURCES.md ----------------------------------
+
+
+class StoppedClock(datetime.datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return cls(2026, 1, 15, 12, tzinfo=tz)
+
+
+def characters(spans):
+    return {i for start, end, *_ in spans for i in range(start, end)}
+
+
+def conversation(key, name):
+    meta, chat = CASES["templates"][key], CASES["conversations"][name]
+    messages, tools = chat["messages"], chat["tools"]
+    if meta["content_format"] == "blocks":
+        messages = [
+            {**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m.get("content"), str) else m
+            for m in messages
+        ]
+    if meta.get("always_tools"):
+        tools = tools or CASES["conversations"]["tool_call"]["tools"]
+    return messages, tools, meta["special_tokens"]
+
+
+@pytest.mark.parametrize("key", sorted(CASES["expected"]))
+def test_exactly_what_the_assistant_says_is_trained(key, monkeypatch):
+    monkeypatch.setattr(templates, "datetime", StoppedClock)
+    template = (FOLDER / f"{key}.jinja").read_bytes().decode()
+    assert "{% generation" not in template
+    for name, truth in CASES["expected"][key].items():
+        messages, tools, special_tokens = conversation(key, name)
+        text, spans = templates.render(template, messages, tools, **special_tokens)
+        assert hashlib.sha256(text.encode()).hexdigest()[:16] == truth["sha"], name
+        wrong = (characters(spans) ^ characters(truth["spans"])) - characters(truth["may"])
+        assert not wrong, f"{name}: {text[min(wrong) : min(wrong) + 60]!r}"
+
+
+@pytest.mark.parametrize("path", sorted([*FOLDER.glob("*/*_training.jinja"), *FOLDER.glob("trl_tagged/*.jinja")]))
+def test_generation_tags_give_the_same_as_the_template_without_them(path, monkeypatch):
+    monkeypatch.setattr(templates, "datetime", StoppedClock)
+    key = f"{path.parent.name.removesuffix('_tagged')}/{path.stem.removesuffix('_training')}"
+    same_text = 0
+    for name, truth in CASES["expected"][key].items():
+        messages, tools, special_tokens = conversation(key, name)
+        text, spans = templates.render(path.read_bytes().decode(), messages, tools, **special_tokens)
+        if hashlib.sha256(text.encode()).hexdigest()[:16] == truth["sha"]:
+            same_text += 1
+            assert not (characters(spans) ^ characters(truth["spans"])) - characters(truth["may"]), name
+    assert same_text or (FOLDER / "trl_tagged" / path.name.replace("_training", "")).exists()
 
 
 def test_a_turn_is_trained_from_the_generation_prompt_to_its_end():
@@ -41,3 +109,145 @@ def test_generation_tags_are_obeyed():
 def test_a_turn_that_the_template_writes_differently_later_is_trained_as_it_stands_in_the_text():
     looks_ahead = CHATML.replace("m['content']", "(m['content'] if loop.last else '...')")
     assert spoken(looks_ahead, CHAT) == ["...<|im_end|>", " Second. <|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "template, said",
+    [
+        ("{% for m in messages %}{{ m.content | reverse }}{% endfor %}", "cannot be|generation prompt"),
+        (CHATML.replace("m['content']", "(m['content'] | wordcount | string)"), "cannot be followed|messages"),
+        ("{% for m in messages %}{{ m.content }", "line 1"),
+        ("{{ raise_exception('no system message, please') }}", "no system message, please"),
+        (CHATML.replace("m['content']", "messages[-1]['content']"), r"messages\["),
+    ],
+)
+def test_what_cannot_be_known_is_refused(template, said):
+    with pytest.raises(ValueError, match=said):
+        templates.render(template, CHAT)
+
+
+# ---- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def make_tokenizer(kind, **special):
+    corpus = ["the quick brown fox jumps over the lazy dog " * 3, "user assistant system \n Hello, hello world. " * 3]
+    tokens = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    if kind == "byte-level":
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=400, special_tokens=tokens, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        )
+    else:  # as Llama 2's: spaces are ▁, unknown characters bytes
+        backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+        backend.normalizer = {
+            "metaspace": None,
+            "prepend": normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+        }[kind]
+        if kind == "metaspace":
+            backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+        tokens += [f"<0x{byte:02X}>" for byte in range(256)]
+        trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=tokens)
+    backend.train_from_iterator(corpus, trainer)
+    if kind != "byte-level":  # bytes are plain tokens, not special ones
+        state = json.loads(backend.to_str())
+        state["added_tokens"] = [token for token in state["added_tokens"] if not token["content"].startswith("<0x")]
+        backend = Tokenizer.from_str(json.dumps(state))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", additional_special_tokens=["<|im_start|>", "<|im_end|>"], **special
+    )
+
+
+def text_of(tokenizer, ids):
+    """What ids stand for, each byte and space of it: `decode` would strip."""
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    if any(token.startswith("<0x") or "▁" in token for token in tokenizer.get_vocab()):
+        out = b""
+        for token in tokens:
+            byte = token.startswith("<0x") and len(token) == 6
+            out += bytes([int(token[3:5], 16)]) if byte else token.replace("▁", " ").encode()
+        return out.decode()
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def any_content(chance):
+    words = ["hello", " the", "fox ", "\n", "  ", "é", "漢字", "🙂", "e\u0301", "<|im", "assistant", "\tx", ".", "0"]
+    return "".join(chance.choice(words) for _ in range(chance.randint(0, 8)))
+
+
+def any_chat(chance):
+    messages = [{"role": "system", "content": any_content(chance)}] if chance.random() < 0.5 else []
+    for _ in range(chance.randint(1, 4)):
+        messages.append({"role": "user", "content": any_content(chance)})
+        messages.append({"role": "assistant", "content": any_content(chance)})
+    return messages
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "metaspace", "prepend"])
+@pytest.mark.parametrize("bos", [None, "<s>"])
+@pytest.mark.parametrize("template", ["chatml", "with bos", "plain"])
+def test_tokens_are_the_text_labels_the_spans_and_prompts_what_inference_feeds(kind, bos, template):
+    tokenizer = make_tokenizer(kind, eos_token="</s>", **({"bos_token": bos} if bos else {}))
+    chat_template = {
+        "chatml": CHATML,
+        "with bos": "{{ bos_token }}" + CHATML,
+        "plain": "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
+    }[template]
+    saved = templates.with_bos(tokenizer, chat_template)
+    for seed in range(60):
+        messages = any_chat(random.Random(seed))
+        text, spans = templates.render(saved, messages, **tokenizer.special_tokens_map)
+        ids, labels = templates.encode(tokenizer, messages, None, chat_template)
+        assert len(ids) == len(labels)
+        assert all(label in (templates.IGNORE_INDEX, token) for token, label in zip(ids, labels, strict=True))
+        trained = [token for token in labels if token != templates.IGNORE_INDEX]
+        eos = [tokenizer.eos_token_id] * (template == "plain")
+        assert trained[len(trained) - len(eos) :] == eos
+        assert text_of(tokenizer, trained[: len(trained) - len(eos)]) == "".join(text[a:b] for a, b in spans)
+        everything = text_of(tokenizer, [token for token in ids if token not in eos])
+        # SentencePiece-like tokenizers put a space before the text, or behind a special token that starts it
+        assert everything in (text, " " + text) or everything.replace("<s> ", "<s>", 1) == text
+        prompt = tokenizer.apply_chat_template(
+            messages[: next(i for i, m in enumerate(messages) if m["role"] == "assistant")],
+            chat_template=saved, add_generation_prompt=True, return_dict=False,
+        )  # fmt: skip
+        first = next(i for i, label in enumerate(labels) if label != templates.IGNORE_INDEX)
+        assert ids[:first] == prompt
+
+
+def test_the_prompt_of_every_turn_is_what_inference_feeds():
+    for kind in ("byte-level", "metaspace"):
+        tokenizer = make_tokenizer(kind, eos_token="</s>")
+        for seed in range(40):
+            messages = any_chat(random.Random(seed))
+            ids, labels = templates.encode(tokenizer, messages, None, CHATML)
+            starts = [i for i in range(1, len(ids)) if labels[i] >= 0 > labels[i - 1]]
+            turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+            for start, turn in zip(starts, turns, strict=True):
+                assert ids[:start] == tokenizer.apply_chat_template(
+                    messages[:turn], chat_template=CHATML, add_generation_prompt=True, return_dict=False
+                )
+
+
+def test_a_message_or_all_but_the_last_can_be_left_out_of_the_loss():
+    tokenizer = make_tokenizer("byte-level", eos_token="</s>")
+
+    def trained(messages, train_on="all"):
+        labels = templates.encode(tokenizer, messages, None, CHATML, train_on).labels
+        return tokenizer.decode([token for token in labels if token >= 0])
+
+    assert trained(CHAT) == "First.<|im_end|> Second. <|im_end|>"
+    assert trained(CHAT, "last") == " Second. <|im_end|>"
+    for off in ({"train": False}, {"weight": 0}):
+        assert trained([*CHAT[:2], {**CHAT[2], **off}, *CHAT[3:]]) == " Second. <|im_end|>"
+        assert trained([*CHAT[:4], {**CHAT[4], **off}]) == "First.<|im_end|>"
+        assert trained([*CHAT[:4], {**CHAT[4], **off}], "last") == ""
+    with pytest.raises(ValueError, match=r'messages\[2\]: "train"'):
+        trained([*CHAT[:2], {**CHAT[2], "train": "no"}, *CHAT[3:]])
+    with pytest.raises(ValueError, match='"weight" 0 or 1'):
+        trained([*CHAT[:2], {**CHAT[2], "weight": 0.5}, *CHAT[3:]])

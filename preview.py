@@ -1,0 +1,487 @@
+"""See what a configuration trains, before the run: conversations, the trained parts marked; figures, memory, problems.
+
+python preview.py configs/squad.yaml [KEY=VALUE ...] [--world-size 64] [--html preview.html] [--json]
+
+Needs no GPU. The exit code is 1 where something would stop the run, each such thing a line under "problems".
+"""
+
+import argparse
+import contextlib
+import html
+import importlib.util
+import json
+import math
+import os
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import checkpoint
+import config as configuration
+import data
+import model as modelling
+import packing
+import templates
+
+GIB = 2**30
+PLANNED_STEPS = 100  # as many steps, evenly over the run, are packed for the figures
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog="preview.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("arguments", nargs="*", help="as train_sft.py takes them: CONFIG.yaml, KEY=VALUE")
+    parser.add_argument("--config", help="the configuration file")
+    parser.add_argument("--world-size", type=positive, help="processes of the run; default: those of `cluster`, else 1")
+    parser.add_argument("--gpu-memory", type=float, help="GiB of each GPU; default: of the GPU here, else 80")
+    parser.add_argument("--samples", type=int, default=3, help="conversations of the first step to show (default 3)")
+    parser.add_argument("--ids", action="store_true", help="list their tokens with their ids")
+    parser.add_argument("--html", metavar="FILE", help="write the report as a page, too")
+    parser.add_argument("--json", action="store_true", help="print figures and problems as JSON and nothing else")
+    options = parser.parse_intermixed_args()
+    arguments = options.arguments + (["--config", options.config] if options.config else [])
+
+    report, samples = {"problems": [], "notes": []}, []
+    with problem(report):
+        preview(configuration.from_command_line(arguments), options, report, samples)
+    if options.html:
+        with problem(report):
+            Path(options.html).write_text(page(report, samples), encoding="utf-8")
+    if options.json:
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+    else:
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        print("\n".join([*(terminal(sample, colour, options.ids) for sample in samples), *lines(report)]))
+    raise SystemExit(1 if report["problems"] else 0)
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1")
+    return int(text)
+
+
+@contextlib.contextmanager
+def problem(report: dict):
+    """What would stop the run is noted instead."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        report["problems"].append(" ".join(str(error).split()))
+
+
+def preview(cfg, options, report: dict, samples: list):
+    report["world_size"] = options.world_size or (cfg.cluster.num_nodes or 1) * (cfg.cluster.gpus_per_node or 1)
+    with problem(report):
+        start, finished = checkpoint.where_to_start(configuration.to_dict(cfg))
+        if finished:
+            report["notes"].append(f"{cfg.output_dir} holds this run, finished: it would not start again")
+        elif start:
+            report["notes"].append(f"{cfg.output_dir} holds this run: it would go on from step {start}")
+    with problem(report):
+        check_surroundings(cfg, report["world_size"])
+
+    tokenizer = data.load_tokenizer(cfg)
+    try:
+        prepared = data.tokenise_splits(cfg, tokenizer)
+    except ValueError as error:
+        report["problems"] += bad_rows(cfg, tokenizer) or [str(error)]
+        prepared = None
+    sets = {}
+    if prepared:
+        tokenizer.chat_template = prepared["chat_template"]
+        for split in ("train", "validation"):
+            with problem(report):
+                examples = data.Examples(Path(prepared[split]), cfg.data.max_seq_length, cfg.data.overlong)
+                report[split] = figures(examples, tokenizer, cfg)
+                examples.check(split)
+                sets[split] = examples
+    if "train" in sets:
+        train = sets["train"]
+        report["stop_tokens"] = tokenizer.convert_ids_to_tokens(data.find_stop_ids(tokenizer, train))
+        if "validation" in sets:
+            report["overlap"] = overlap(train, sets["validation"])
+        report["batches"] = batches(cfg, train, report["world_size"])
+        first = packing.step_examples(len(train), 1, cfg.seed, cfg.train.global_batch_size)
+        samples += [Sample(tokenizer, train, int(i)) for i in first[: options.samples]]
+    row = report.get("batches", {"largest_row_tokens": cfg.train.max_tokens_per_micro_batch})
+    here = torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else 80
+    with problem(report):
+        report["memory"] = memory(cfg, tokenizer, report["world_size"], options.gpu_memory or here, row)
+        if report["memory"]["total_gib"] > report["memory"]["gpu_gib"]:
+            raise ValueError(too_large(cfg, report["memory"]))
+    report["notes"] += notes(cfg, report)
+
+
+# ---- what would stop the run -----------------------------------------------------------------------------------------
+
+
+def check_surroundings(cfg, world_size: int):
+    asked = (cfg.cluster.num_nodes or 1) * (cfg.cluster.gpus_per_node or 1)
+    if cfg.cluster.gpus_per_node and asked != world_size:
+        raise ValueError(f"`cluster` asks for {asked} processes, --world-size for {world_size}; make them equal")
+    if world_size % cfg.parallel.replicas:
+        raise ValueError(f"parallel.replicas = {cfg.parallel.replicas} does not divide the {world_size} processes")
+    if cfg.logger.wandb.enabled and not importlib.util.find_spec("wandb"):
+        raise ValueError("logger.wandb.enabled needs `pip install wandb`")
+    folder = Path(cfg.output_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise ValueError(f"output_dir = {cfg.output_dir!r}: {folder} cannot be written to")
+
+
+def bad_rows(cfg, tokenizer, most: int = 20) -> list[str]:
+    """What is wrong with each of the first `most` rows that cannot be trained on, where the data can be read at all."""
+    found = []
+    with contextlib.suppress(ValueError, OSError):
+        dataset = data.load_dataset_class(cfg.data.dataset, cfg.data.args)
+        chat_template = data.choose_template(cfg, tokenizer, dataset)
+        for split in ("train", "validation"):
+            rows, name = dataset.formatted_ds[split], f"{dataset.task_spec.task_name} {split}"
+            for i in range(len(rows)):
+                try:
+                    data.encode_rows(rows, tokenizer, chat_template, cfg.data.train_on, name, [i])
+                except ValueError as error:
+                    found.append(str(error))
+                if len(found) == most:
+                    return [*found, "... and perhaps more rows"]
+    return found
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def trained_runs(examples) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(example, first token, last token) of each run of trained tokens, i.e. of each trained turn; int64 (turns,)."""
+    trained = examples.labels != templates.IGNORE_INDEX
+    edges = np.zeros(len(trained) + 1, dtype=bool)  # where one document ends and the next begins
+    edges[examples.starts], edges[examples.starts + examples.lengths] = True, True
+    first = np.flatnonzero(trained & (edges[:-1] | ~np.concatenate([[False], trained[:-1]])))
+    last = np.flatnonzero(trained & (edges[1:] | ~np.concatenate([trained[1:], [False]])))
+    example = np.searchsorted(examples.starts, first, side="right") - 1
+    inside = (example >= 0) & (first < (examples.starts + examples.lengths)[example])  # the others were dropped
+    return example[inside], first[inside], last[inside]
+
+
+def figures(examples, tokenizer, cfg) -> dict:
+    lengths, tokens = examples.lengths, int(examples.lengths.sum())
+    example, _, last = trained_runs(examples)
+    special = np.isin(examples.input_ids[last], sorted(templates.special_ids(tokenizer)))
+    hashes = [hash(examples[i][0].tobytes()) for i in range(len(examples))]
+    counts, edges = (
+        np.histogram(lengths, bins=min(10, max(1, int(lengths.max(initial=1))))) if len(examples) else ([], [])
+    )
+    return {
+        "conversations": len(examples),
+        "trained_turns": len(example),
+        "tokens": tokens,
+        "supervised_tokens": int(examples.supervised.sum()),
+        "supervised_share": round(int(examples.supervised.sum()) / max(tokens, 1), 4),
+        "tokens_per_conversation": {
+            f"{q}%": int(np.percentile(lengths, q)) for q in (0, 50, 90, 99, 100) if len(lengths)
+        },
+        "length_histogram": [[math.ceil(edge), int(n)] for edge, n in zip(edges[1:], counts, strict=True)],
+        "overlong": examples.overlong,
+        "overlong_are": {"drop": "dropped", "truncate": "truncated", "error": "an error"}[cfg.data.overlong],
+        "nothing_to_train": examples.nothing_to_train,
+        "duplicates": len(hashes) - len(set(hashes)),
+        "turns_without_end_token": int((~special).sum()),
+    }
+
+
+def overlap(train, validation) -> dict:
+    """Validation conversations that are in the training split, whole or up to the first trained token."""
+
+    def hashes(examples):
+        example, first, _ = trained_runs(examples)
+        _, where = np.unique(example, return_index=True)
+        prompts = [
+            hash(examples.input_ids[start:end].tobytes())
+            for start, end in zip(examples.starts, first[where], strict=True)
+        ]
+        return [hash(examples[i][0].tobytes()) for i in range(len(examples))], prompts
+
+    (seen, seen_prompts), (whole, prompts) = hashes(train), hashes(validation)
+    seen, seen_prompts = set(seen), set(seen_prompts)
+    return {"conversations": sum(h in seen for h in whole), "prompts": sum(h in seen_prompts for h in prompts)}
+
+
+def batches(cfg, examples, world_size: int) -> dict:
+    """Steps, and how full and even the rows of some of them are."""
+    batch_size, max_tokens = cfg.train.global_batch_size, cfg.train.max_tokens_per_micro_batch
+    per_epoch = packing.steps_per_epoch(len(examples), batch_size)
+    steps = int(min(cfg.train.max_epochs * per_epoch, cfg.train.max_steps or math.inf))
+    tokens = rows = waited = work = 0
+    largest = (0, 0)
+    for step in np.unique(np.linspace(1, steps, min(steps, PLANNED_STEPS)).astype(int)).tolist():
+        plan = packing.plan_step(examples.lengths, step, cfg.seed, batch_size, world_size, max_tokens)
+        for at_once in zip(*plan, strict=True):  # the rows that all ranks compute at the same time
+            costs = [packing.cost(row, examples.lengths) for row in at_once]
+            waited, work = waited + max(costs) * world_size - sum(costs), work + max(costs) * world_size
+            for row in at_once:
+                count, supervised = int(examples.lengths[row].sum()), int(examples.supervised[row].sum())
+                tokens, rows = tokens + count, rows + 1
+                largest = max(largest, (count, supervised))
+    return {
+        "steps_per_epoch": per_epoch,
+        "steps": steps,
+        "epochs": round(steps / per_epoch, 3),
+        "rows_filled": round(tokens / (rows * max_tokens), 4),
+        "ranks_wait": round(waited / work, 4),
+        "largest_row_tokens": largest[0],
+        "largest_row_supervised": largest[1],
+    }
+
+
+def notes(cfg, report: dict) -> list[str]:
+    """What does not stop the run, and what one would rather know."""
+    found = []
+    for split in ("train", "validation"):
+        part = report.get(split, {})
+        if part.get("turns_without_end_token"):
+            found.append(
+                f"{split}: {part['turns_without_end_token']:,} of {part['trained_turns']:,} trained turns end in no "
+                "special token: the model does not learn to stop there"
+            )
+        if part.get("overlong"):
+            found.append(
+                f"{split}: {part['overlong']:,} conversations are longer than {cfg.data.max_seq_length:,} tokens: "
+                f"{part['overlong_are']} (data.overlong)"
+            )
+    if report.get("overlap", {}).get("prompts"):
+        found.append(
+            f"{report['overlap']['prompts']:,} validation prompts are in the training split, "
+            f"{report['overlap']['conversations']:,} of them with the same answers"
+        )
+    if cfg.train.global_batch_size < report["world_size"]:
+        found.append(f"train.global_batch_size = {cfg.train.global_batch_size} leaves processes idle")
+    return found
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def memory(cfg, tokenizer, world_size: int, gpu_gib: float, row: dict) -> dict:
+    """What a GPU holds at the fullest moment, in GiB, by the sizes of the tensors that autograd keeps for the largest
+    row: measured on a model of fake tensors, which have shapes and no memory. The CUDA context and the gaps of the
+    allocator come on top; a tenth of the GPU is set aside for them."""
+    with data.from_hub("model.name", cfg.model.name):
+        model_config = AutoConfig.from_pretrained(cfg.model.name, revision=cfg.model.revision)
+    tokens = max(1, row["largest_row_tokens"])
+    supervised = row.get("largest_row_supervised", tokens)
+    modelling.choose_attention(cfg.model, torch.device("cuda"))
+    with FakeTensorMode():
+        attention = "eager" if cfg.model.attention == "eager" else "document_sdpa"
+        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, attn_implementation=attention)
+        embeddings = model.get_input_embeddings().num_embeddings
+        if len(tokenizer) > embeddings:
+            raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model's embedding only {embeddings}")
+        weights = sum(p.numel() for p in model.parameters())
+        in_block = sum(p.numel() for p in modelling.blocks(model)[0].parameters())
+        root = weights - sum(p.numel() for p in modelling.blocks(model).parameters())
+        strategy = cfg.parallel.strategy
+        if strategy == "auto":
+            strategy = "ddp" if world_size == 1 or 16 * weights <= gpu_gib * GIB / 2 else "fsdp"
+        sharded = strategy == "fsdp" and world_size > 1
+        size = 4 if cfg.model.dtype == "float32" else 2  # bytes a number in forward and backward
+        if sharded:
+            model.to(modelling.compute_dtype(cfg))
+        modelling.prepare_for_training(model, cfg.model)
+        activations = saved_bytes(model, tokens, supervised, None if sharded else modelling.compute_dtype(cfg))
+
+    shards = world_size // cfg.parallel.replicas if sharded else 1
+    held = 0 if sharded and cfg.parallel.cpu_offload else 1
+    parts = {
+        "weights": held * 4 * weights / shards,
+        "gradients": held * 4 * weights / shards,
+        "optimizer": held * 8 * weights / shards,
+        # FSDP gathers a block while the one before runs, and reduces a block's gradients in float32
+        "gathered": (2 * size * (root + in_block) + size * in_block + 4 * max(root, in_block)) if sharded else 0,
+        "activations": activations,
+        "loss_gradient": (4 + size) * supervised * embeddings,
+    }
+    gib = {name: round(count / GIB, 2) for name, count in parts.items()}
+    return {
+        "model_weights": weights,
+        "strategy": strategy,
+        "row_tokens": tokens,
+        **{f"{name}_gib": amount for name, amount in gib.items()},
+        "total_gib": round(sum(parts.values()) / GIB, 2),
+        "gpu_gib": round(0.9 * gpu_gib, 1),
+    }
+
+
+def saved_bytes(model, tokens: int, supervised: int, autocast: torch.dtype | None) -> int:
+    """Bytes that the forward pass of one row keeps for the backward pass, without the weights themselves."""
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept = {}  # by storage: views share one; the tensor is held so that no other gets its address
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = (storage.nbytes(), tensor)
+        return tensor
+
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+    cast = autocast is not None and autocast != torch.float32
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=autocast) if cast else contextlib.nullcontext(),
+    ):
+        logits = model(
+            input_ids=ids,
+            position_ids=ids,
+            document_ends=[tokens],
+            logits_to_keep=torch.arange(max(1, supervised)),
+            use_cache=False,
+        ).logits[0]  # (supervised, vocabulary)
+        targets = torch.zeros(len(logits), dtype=torch.long)
+        torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+    return sum(count for count, _ in kept.values())
+
+
+def too_large(cfg, needs: dict) -> str:
+    mends = []
+    if needs["activations_gib"] + needs["loss_gradient_gib"] > needs["total_gib"] / 3:
+        if not cfg.model.activation_checkpointing:
+            mends.append("model.activation_checkpointing=true")
+        if cfg.train.max_tokens_per_micro_batch > cfg.data.max_seq_length:
+            mends.append(f"train.max_tokens_per_micro_batch={cfg.data.max_seq_length}")
+    if needs["optimizer_gib"] > needs["total_gib"] / 4:
+        mends.append("parallel.strategy=fsdp over more GPUs" if needs["strategy"] == "ddp" else "more GPUs")
+    return (
+        f"a GPU would need {needs['total_gib']:,} GiB for {needs['model_weights']:,} weights and rows of "
+        f"{needs['row_tokens']:,} tokens, and may fill {needs['gpu_gib']:,}; try {', '.join(mends) or 'larger GPUs'}"
+    )
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+
+def lines(report: dict) -> list[str]:
+    """The figures as text."""
+    out = []
+    for split in ("train", "validation"):
+        part = report.get(split)
+        if not part:
+            continue
+        quantiles = ", ".join(f"{name} {count:,}" for name, count in part["tokens_per_conversation"].items())
+        out += [
+            "",
+            f"{split}: {part['conversations']:,} conversations, {part['trained_turns']:,} trained turns, "
+            f"{part['tokens']:,} tokens, {part['supervised_tokens']:,} supervised ({part['supervised_share']:.1%})",
+            f"    {part['overlong']:,} overlong ({part['overlong_are']}), {part['nothing_to_train']:,} with nothing to "
+            f"train, {part['duplicates']:,} duplicates",
+            f"    tokens per conversation: {quantiles}",
+        ]
+        most = max((n for _, n in part["length_histogram"]), default=0)
+        for edge, n in part["length_histogram"]:
+            out.append(f"    up to {edge:>7,} {n:>9,} {'#' * math.ceil(40 * n / most)}")
+    if "overlap" in report:
+        both = report["overlap"]
+        out += ["", f"validation in train: {both['conversations']:,} conversations, {both['prompts']:,} prompts"]
+    if "stop_tokens" in report:
+        out.append(f"generation stops at: {' '.join(report['stop_tokens'])}")
+    if "batches" in report:
+        part = report["batches"]
+        out += [
+            f"steps: {part['steps']:,} ({part['epochs']} epochs of {part['steps_per_epoch']:,}); over "
+            f"{report['world_size']:,} process(es) rows are {part['rows_filled']:.1%} full, ranks wait for "
+            f"{part['ranks_wait']:.1%} of the time; the largest row has {part['largest_row_tokens']:,} tokens",
+        ]
+    if "memory" in report:
+        part = report["memory"]
+        names = ("weights", "gradients", "optimizer", "gathered", "activations", "loss_gradient")
+        parts = ", ".join(f"{name.replace('_', ' ')} {part[f'{name}_gib']:,}" for name in names)
+        out += [
+            f"memory per GPU, expected: {part['total_gib']:,} of {part['gpu_gib']:,} GiB ({part['strategy']}, "
+            f"{part['model_weights']:,} weights, a row of {part['row_tokens']:,} tokens)",
+            f"    GiB: {parts}",
+        ]
+    for title in ("notes", "problems"):
+        if report[title]:
+            out += ["", f"{title}:", *(f"    {text}" for text in report[title])]
+    if not report["problems"]:
+        out += ["", "no problems"]
+    return out
+
+
+class Sample:
+    """A conversation as it is trained: `pieces` of (text, trained, special), and its tokens."""
+
+    def __init__(self, tokenizer, examples, i: int):
+        ids, labels = examples[i]
+        trained, special = labels != templates.IGNORE_INDEX, np.isin(ids, sorted(templates.special_ids(tokenizer)))
+        trained[0] = False  # the first token of a document is never predicted
+        self.title = f"row {int(examples.rows[i])} of train, {len(ids):,} tokens, {int(trained.sum()):,} trained"
+        self.tokens = list(
+            zip(ids.tolist(), tokenizer.convert_ids_to_tokens(ids.tolist()), trained.tolist(), strict=True)
+        )
+        changes = np.flatnonzero((np.diff(trained) != 0) | (np.diff(special) != 0)) + 1
+        edges = [0, *changes.tolist(), len(ids)]
+        self.pieces, before = [], ""
+        for start, end in zip(edges, edges[1:], strict=False):
+            # what the tokens add to the text before them: alone, some tokenizers would drop their first space
+            text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            self.pieces.append((text[len(before) :], bool(trained[start]), bool(special[start])))
+            before = text
+
+
+def visible(text: str) -> str:
+    """White space that one would overlook: line ends, tabs, spaces at an edge or in a row."""
+    text = re.sub(r"^ +| +$| {2,}|(?<=\n) +| +(?=\n)", lambda found: "·" * len(found[0]), text)
+    return text.replace("\t", "→").replace("\r", "␍").replace("\n", "⏎\n")
+
+
+def terminal(sample: Sample, colour: bool, ids: bool) -> str:
+    """Trained parts stand in ⟦ ⟧, green where there is colour; special tokens are magenta."""
+    out, open_ = [f"--- {sample.title}; trained is what stands in ⟦ ⟧\n"], False
+    for text, trained, special in sample.pieces:
+        if trained != open_:
+            out.append("⟦" if trained else "⟧")
+            open_ = trained
+        text = visible(text)
+        code = ("1;32" if trained else "") + (";35" if special else "")
+        # colour ends with the line, as pagers expect
+        out.append(
+            "\n".join(f"\033[{code.strip(';')}m{line}\033[0m" for line in text.split("\n")) if colour and code else text
+        )
+    out.append("⟧\n" if open_ else "\n")
+    if ids:
+        for i, (number, token, trained) in enumerate(sample.tokens):
+            out.append(f"{i:>6} {number:>8} {'trained' if trained else '-':>8}  {token!r}\n")
+    return "".join(out)
+
+
+def page(report: dict, samples: list) -> str:
+    """One HTML page that stands alone."""
+    body = []
+    for sample in samples:
+        body.append(f"<h2>{html.escape(sample.title)}</h2><pre>")
+        for text, trained, special in sample.pieces:
+            kind = " ".join(name for name, on in (("trained", trained), ("special", special)) if on)
+            body.append(f'<span class="{kind}">{html.escape(visible(text))}</span>')
+        body.append("</pre>")
+    style = (
+        "body{font-family:sans-serif;max-width:70em;margin:2em auto;padding:0 1em}"
+        "pre{white-space:pre-wrap;background:#f6f6f6;padding:1em}"
+        ".trained{background:#b8ecb8}.special{color:#a0209a;font-weight:bold}"
+    )
+    figures_text = html.escape("\n".join(lines(report)))
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Preview</title><style>{style}</style><body>'
+        '<h1>What will be trained</h1><p><span class="trained">Trained</span>, '
+        '<span class="special">special token</span>; · space, → tab, ⏎ line end.</p>'
+        f"{''.join(body)}<h2>Figures</h2><pre>{figures_text}</pre></body></html>\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
