@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jinja2
 import jinja2.ext
+import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 import tracing
@@ -51,6 +52,10 @@ def render_turns(chat_template, messages, tools=None, **variables) -> tuple[str,
     for length, (source, printer, block) in runs:
         segments.append(Segment(position, position + length, source, printer if printer >= -1 else -2 - printer, block))
         position += length
+    lost = next((segment for segment in segments if segment.source == tracing.LOST), None)
+    if lost:
+        place = f"at character {lost.start} ({text[lost.start : lost.start + 40]!r})"
+        raise ValueError(f"the chat template changes a text so that it cannot be followed, {place}: {ADVICE}")
     if compiled.has_tags:
         turns = tagged_spans(chat, text, segments)
     else:
@@ -170,8 +175,6 @@ def turn_spans(chat: Chat, text: str, segments: list[Segment], i: int) -> list[t
     for k in range(own[0], own[-1] + 1):
         segment = segments[k]
         if segment.printer == i:
-            if segment.source == tracing.LOST:
-                chat.refuse(i, "the template changes a text so that it cannot be followed", text, segment.start)
             if segment.source != tracing.LITERAL and segment.source >> 1 != i:
                 chat.refuse(i, "the turn has a text that is not the assistant's", text, segment.start)
             if spans and spans[-1][1] == segment.start:
@@ -355,7 +358,8 @@ def encode(tokenizer, messages, tools=None, chat_template=None, train_on="all") 
     last = turns[-1][0] if turns else None
     input_ids, labels = [], []
     if starts_with_bos(tokenizer) and not text.startswith(tokenizer.bos_token):
-        input_ids, labels = [tokenizer.bos_token_id], [IGNORE_INDEX]
+        shift = len(tokenizer.bos_token)
+        text, turns = tokenizer.bos_token + text, [(i, start + shift, end + shift) for i, start, end in turns]
 
     def append(ids: list[int], trained: bool):
         input_ids.extend(ids)
@@ -420,19 +424,41 @@ def special_ids(tokenizer) -> frozenset[int]:
 
 
 def tokenise(tokenizer, text: str, at_start: bool) -> list[int]:
-    """Ids of a piece of text, without special tokens put around it."""
-    if not text:
-        return []
-    if not at_start and adds_space(tokenizer):
-        # SentencePiece puts a space before what it takes for the start of a text: tokenise behind a line end instead
-        before = tokenizer.encode("\n", add_special_tokens=False)
-        ids = tokenizer.encode("\n" + text, add_special_tokens=False)
-        if ids[: len(before)] == before:
-            return ids[len(before) :]
-    return tokenizer.encode(text, add_special_tokens=False)
+    """Ids of a piece of text, without special tokens put around it.
+
+    SentencePiece-like tokenizers put a space before what they take for the start of a text. A piece that goes on where
+    the prompt ended has none up to its first special token; from there on it is tokenised as any text.
+    """
+    bare = None if at_start else without_prefix_space(tokenizer)
+    if bare is None:
+        return tokenizer.encode(text, add_special_tokens=False) if text else []
+    encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+    special = special_ids(tokenizer)
+    cut = next((begin for i, (begin, _) in zip(encoding.ids, encoding.offsets, strict=True) if i in special), len(text))
+    return [
+        *bare.encode(text[:cut], add_special_tokens=False).ids,
+        *tokenizer.encode(text[cut:], add_special_tokens=False),
+    ]
 
 
 @functools.lru_cache(maxsize=8)
-def adds_space(tokenizer) -> bool:
-    ids = tokenizer.encode("a", add_special_tokens=False)
-    return tokenizer.decode(ids + ids) != "aa"
+def without_prefix_space(tokenizer) -> tokenizers.Tokenizer | None:
+    """The tokenizer without the space that it puts before a text; None where it puts none."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    changed = []
+
+    def strip(part):
+        if isinstance(part, list):
+            return [strip(item) for item in part if not (isinstance(item, dict) and item.get("type") == "Prepend")]
+        if isinstance(part, dict):
+            part = {name: strip(value) for name, value in part.items()}
+            part.update({"prepend_scheme": "never"} if "prepend_scheme" in part else {})
+            part.update({"add_prefix_space": False} if "add_prefix_space" in part else {})
+        return part
+
+    for name in ("normalizer", "pre_tokenizer"):
+        part = strip([state[name]])  # in a list, so that a Prepend of its own goes too
+        part = part[0] if part else None
+        changed.append(part != state[name])
+        state[name] = part
+    return tokenizers.Tokenizer.from_str(json.dumps(state)) if any(changed) else None

@@ -4,6 +4,7 @@ import datetime
 import hashlib
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -114,11 +115,12 @@ def test_a_turn_that_the_template_writes_differently_later_is_trained_as_it_stan
 @pytest.mark.parametrize(
     "template, said",
     [
-        ("{% for m in messages %}{{ m.content | reverse }}{% endfor %}", "cannot be|generation prompt"),
-        (CHATML.replace("m['content']", "(m['content'] | wordcount | string)"), "cannot be followed|messages"),
+        ("{{ messages | tojson }}", "cannot be followed"),
+        ("{{ messages | map(attribute='content') | join(' ') }}", "messages.2.: .*where another message is due"),
+        (CHATML.replace("<|im_start|>assistant", "<|im_start|>bot"), "header cannot be told from what follows"),
         ("{% for m in messages %}{{ m.content }", "line 1"),
         ("{{ raise_exception('no system message, please') }}", "no system message, please"),
-        (CHATML.replace("m['content']", "messages[-1]['content']"), r"messages\["),
+        (CHATML.replace("m['content']", "messages[-1]['content']"), "messages.2.: .*not the assistant's"),
     ],
 )
 def test_what_cannot_be_known_is_refused(template, said):
@@ -210,8 +212,12 @@ def test_tokens_are_the_text_labels_the_spans_and_prompts_what_inference_feeds(k
         assert trained[len(trained) - len(eos) :] == eos
         assert text_of(tokenizer, trained[: len(trained) - len(eos)]) == "".join(text[a:b] for a, b in spans)
         everything = text_of(tokenizer, [token for token in ids if token not in eos])
-        # SentencePiece-like tokenizers put a space before the text, or behind a special token that starts it
-        assert everything in (text, " " + text) or everything.replace("<s> ", "<s>", 1) == text
+        if kind == "byte-level":
+            assert everything == text
+        else:  # these put a space before the text, or behind each special token
+            assert re.sub(r"(^|<s>|<.im_(?:start|end).>) ", r"\1", everything) == re.sub(
+                r"(^|<s>|<.im_(?:start|end).>) ", r"\1", text
+            )
         prompt = tokenizer.apply_chat_template(
             messages[: next(i for i, m in enumerate(messages) if m["role"] == "assistant")],
             chat_template=saved, add_generation_prompt=True, return_dict=False,
@@ -224,7 +230,8 @@ def test_the_prompt_of_every_turn_is_what_inference_feeds():
     for kind in ("byte-level", "metaspace"):
         tokenizer = make_tokenizer(kind, eos_token="</s>")
         for seed in range(40):
-            messages = any_chat(random.Random(seed))
+            # (a header and an answer that begins with white space are one token when the text is read again)
+            messages = [{**m, "content": m["content"].strip() or "."} for m in any_chat(random.Random(seed))]
             ids, labels = templates.encode(tokenizer, messages, None, CHATML)
             starts = [i for i in range(1, len(ids)) if labels[i] >= 0 > labels[i - 1]]
             turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
