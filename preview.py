@@ -99,8 +99,8 @@ def preview(cfg, options, report: dict, samples: list):
         for split in ("train", "validation"):
             with problem(report):
                 examples = data.Examples(Path(prepared[split]), cfg.data.max_seq_length, cfg.data.overlong)
-                report[split] = figures(examples, tokenizer, cfg)
                 examples.check(split)
+                report[split] = figures(examples, tokenizer, cfg)
                 sets[split] = examples
     if "train" in sets:
         train = sets["train"]
@@ -175,18 +175,14 @@ def figures(examples, tokenizer, cfg) -> dict:
     example, _, last = trained_runs(examples)
     special = np.isin(examples.input_ids[last], sorted(templates.special_ids(tokenizer)))
     hashes = [hash(examples[i][0].tobytes()) for i in range(len(examples))]
-    counts, edges = (
-        np.histogram(lengths, bins=min(10, max(1, int(lengths.max(initial=1))))) if len(examples) else ([], [])
-    )
+    counts, edges = np.histogram(lengths, bins=min(10, int(lengths.max())))
     return {
         "conversations": len(examples),
         "trained_turns": len(example),
         "tokens": tokens,
         "supervised_tokens": int(examples.supervised.sum()),
-        "supervised_share": round(int(examples.supervised.sum()) / max(tokens, 1), 4),
-        "tokens_per_conversation": {
-            f"{q}%": int(np.percentile(lengths, q)) for q in (0, 50, 90, 99, 100) if len(lengths)
-        },
+        "supervised_share": round(int(examples.supervised.sum()) / tokens, 4),
+        "tokens_per_conversation": {f"{q}%": int(np.percentile(lengths, q)) for q in (0, 50, 90, 99, 100)},
         "length_histogram": [[math.ceil(edge), int(n)] for edge, n in zip(edges[1:], counts, strict=True)],
         "overlong": examples.overlong,
         "overlong_are": {"drop": "dropped", "truncate": "truncated", "error": "an error"}[cfg.data.overlong],
@@ -290,11 +286,12 @@ def memory(cfg, tokenizer, world_size: int, gpu_gib: float, row: dict) -> dict:
         if strategy == "auto":
             strategy = "ddp" if world_size == 1 or 16 * weights <= gpu_gib * GIB / 2 else "fsdp"
         sharded = strategy == "fsdp" and world_size > 1
-        size = 4 if cfg.model.dtype == "float32" else 2  # bytes a number in forward and backward
-        if sharded:
-            model.to(modelling.compute_dtype(cfg))
+        dtype = modelling.compute_dtype(cfg)
+        size = dtype.itemsize  # bytes a number in forward and backward
+        if sharded:  # FSDP casts the weights, elsewhere autocast does
+            model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=attention)
         modelling.prepare_for_training(model, cfg.model)
-        activations = saved_bytes(model, tokens, supervised, None if sharded else modelling.compute_dtype(cfg))
+        activations = saved_bytes(model, tokens, supervised, None if sharded else dtype)
 
     shards = world_size // cfg.parallel.replicas if sharded else 1
     held = 0 if sharded and cfg.parallel.cpu_offload else 1
