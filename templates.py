@@ -115,6 +115,13 @@ class Chat:
         text = tracing.joined(self.chunks(self.traced[:upto], add_generation_prompt))
         return text.runs, str.__str__(text)
 
+    def fed(self, messages: list[dict]) -> str | None:
+        """All that inference feeds for an answer to these messages; None: the template refuses."""
+        try:
+            return "".join(self.chunks(messages, True))
+        except ValueError:
+            return None
+
     def plain_text(self) -> str:
         try:
             return self.compiled.plain.render(
@@ -131,11 +138,7 @@ class Chat:
             return None
         # what is printed behind the messages: more than the prompt, where the template always ends with some text
         text = tracing.joined(asked)
-        tail = 0
-        for length, (_, printer, _) in reversed(text.runs):
-            if printer != tracing.NOBODY:
-                break
-            tail += length
+        tail = sum(length for length, _ in tail_runs(text))
         same = common(asked, told)
         asked, told = "".join(asked[same:]), "".join(told[same:])
         # a template that prints all at once has no pieces
@@ -209,6 +212,9 @@ def turn_start(chat: Chat, text: str, segments: list[Segment], i: int, first: in
         # the first message may print a BOS or a default system message in front of its header
         if head.count(prompt) == 1 and re.search(r"\w", prompt):
             return start + head.index(prompt) + len(prompt)
+    full = chat.fed(chat.traced[:i])
+    if full and text.startswith(full) and start <= len(full) <= start + len(head):
+        return len(full)  # the header was printed by another message, or before the system message was known
     if not here and not usual or here == []:
         if usual is None and here is None:
             chat.refuse(
@@ -222,9 +228,14 @@ def turn_start(chat: Chat, text: str, segments: list[Segment], i: int, first: in
         while pieces and head.startswith(kept + pieces[0]):
             kept += pieces.pop(0)
         rest = "".join(pieces).strip()
-        if kept.strip() and (not rest or rest[0] in "<["):
+        if kept.strip() and (not rest or rest[0] in "<[" or kept.endswith("\n")):
             return start + len(kept)
-        if not kept and not re.search(r"\w", re.sub(r"<[^<>]*>", "", head)) and i and continues(chat.messages[i - 1]):
+        if (
+            not kept.strip()
+            and not re.search(r"\w", re.sub(r"<[^<>]*>", "", head))
+            and i
+            and continues(chat.messages[i - 1])
+        ):
             return start
     chat.refuse(
         i, f"the header cannot be told from what follows (the generation prompt is {(here or usual)[0]!r})", text, start
@@ -254,7 +265,18 @@ def turn_end(chat: Chat, text: str, segments: list[Segment], i: int, own: list[i
             break
     if after.strip() and eos and after.lstrip().startswith(eos):
         return end + after.index(eos) + len(eos)
+    if after.strip():
+        # what closes a chat that ends here, where it is not a generation prompt that comes unasked
+        here = tracing.joined(chat.chunks(chat.traced[: i + 1], False))
+        tail = here[len(here) - sum(length for length, _ in tail_runs(here)) :] if here else ""
+        if tail.strip() and after.startswith(tail) and not any(tail.endswith(p) for p in chat.usual_prompts() or []):
+            return end + len(tail.rstrip())
     return end
+
+
+def tail_runs(text: tracing.Traced) -> list:
+    """The runs at the end of a text that no message printed."""
+    return list(itertools.takewhile(lambda run: run[1][1] == tracing.NOBODY, reversed(text.runs)))
 
 
 def tagged_spans(chat: Chat, text: str, segments: list[Segment]) -> list[tuple[int, int, int]]:
@@ -277,6 +299,11 @@ def tagged_spans(chat: Chat, text: str, segments: list[Segment]) -> list[tuple[i
             spans[-1][2] = segment.end
         else:
             spans.append([turn, segment.start, segment.end, segment.block])
+    for span in spans:  # a block may hold the header, which inference feeds
+        header = next(
+            (p for p in chat.usual_prompts() or [] if text.startswith(p, span[1]) and span[1] + len(p) < span[2]), ""
+        )
+        span[1] += len(header)
     return [tuple(span[:3]) for span in spans]
 
 
