@@ -319,13 +319,11 @@ def check_row(row):
 
 def load_tokenizer(config):
     """The tokenizer that a `config.Config` names."""
-    key, name = (
-        ("tokenizer.name", config.tokenizer.name) if config.tokenizer.name else ("model.name", config.model.name)
-    )
+    key, name, revision = "model.name", config.model.name, config.model.revision
+    if config.tokenizer.name:
+        key, name, revision = "tokenizer.name", config.tokenizer.name, None
     with from_hub(key, name):
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=None if config.tokenizer.name else config.model.revision
-        )
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     if not tokenizer.is_fast:
         raise ValueError(f"{key} = {name!r} has no fast tokenizer (tokenizer.json)")
     return tokenizer

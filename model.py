@@ -119,6 +119,13 @@ def prepare_for_training(model, config):
         enable({"use_reentrant": False})  # (positional: the keyword was renamed too)
 
 
+def check_vocabulary(model, tokenizer):
+    """Raises ValueError where the tokenizer has ids that the model has no embedding for."""
+    embeddings = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embeddings:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model's embedding only {embeddings}")
+
+
 @torch.no_grad()
 def keeps_documents_apart(model, dtype: torch.dtype) -> bool:
     """Whether a packed row gives each document the logits that it has alone, and the same ones beside any others:
@@ -152,14 +159,22 @@ def keeps_documents_apart(model, dtype: torch.dtype) -> bool:
 # ---- parallel --------------------------------------------------------------------------------------------------------
 
 
-def choose_strategy(strategy: str, model, world_size: int, device: torch.device) -> str:
-    """auto: ddp where weights, gradients and Adam's two moments (16 bytes a weight) take at most half of the GPU."""
+def choose_strategy(strategy: str, model, world_size: int, gpu_bytes: float | None) -> str:
+    """auto: ddp where weights, gradients and Adam's two moments (16 bytes a weight) take at most half of the GPU.
+    `gpu_bytes`: memory of each GPU; None: the run is on CPUs."""
     if strategy != "auto":
         return strategy
-    if world_size == 1 or device.type != "cuda":
+    if world_size == 1 or gpu_bytes is None:
         return "ddp"
     needed = 16 * sum(p.numel() for p in model.parameters())
-    return "ddp" if needed <= torch.cuda.get_device_properties(device).total_memory / 2 else "fsdp"
+    return "ddp" if needed <= gpu_bytes / 2 else "fsdp"
+
+
+def mesh_shape(replicas: int, world_size: int) -> tuple[int, int]:
+    """(groups that each hold the whole model, processes that share one), for FSDP."""
+    if world_size % replicas:
+        raise ValueError(f"parallel.replicas = {replicas} does not divide the {world_size} processes")
+    return replicas, world_size // replicas
 
 
 def blocks(model) -> torch.nn.ModuleList:
@@ -174,12 +189,9 @@ def parallelise(model, config, strategy: str, world_size: int, device: torch.dev
         for block in blocks(model):
             block.compile(dynamic=True)
     if strategy == "fsdp":
-        replicas = config.parallel.replicas
-        if world_size % replicas:
-            raise ValueError(f"parallel.replicas = {replicas} does not divide the {world_size} processes")
-        shape, names = ((world_size,), ("shard",)) if replicas == 1 else ((replicas, -1), ("replicate", "shard"))
-        if replicas > 1:
-            shape = (replicas, world_size // replicas)
+        shape, names = mesh_shape(config.parallel.replicas, world_size), ("replicate", "shard")
+        if config.parallel.replicas == 1:
+            shape, names = shape[1:], names[1:]
         options = {
             "mesh": init_device_mesh(device.type, shape, mesh_dim_names=names),
             "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype(config), reduce_dtype=torch.float32),
@@ -219,16 +231,21 @@ def loss_sum(model, batch: dict) -> torch.Tensor:
     positions = (batch["labels"] != IGNORE_INDEX).nonzero().squeeze(1)  # (supervised,)
     targets = batch["labels"][positions]
     nothing = len(positions) == 0
-    logits = model(
-        input_ids=batch["input_ids"],
-        position_ids=batch["position_ids"],
-        document_ends=batch["document_ends"],
-        logits_to_keep=positions.new_zeros(1) if nothing else positions,
-        use_cache=False,
-    ).logits[0]  # (supervised, vocabulary)
+    logits = logits_at(model, batch, positions.new_zeros(1) if nothing else positions)  # (supervised, vocabulary)
     if nothing:
         return logits.float().sum() * 0
     return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def logits_at(model, batch: dict, positions: torch.Tensor) -> torch.Tensor:
+    """Logits (positions, vocabulary) of a packed row at `positions`, int64, and nowhere else."""
+    return model(
+        input_ids=batch["input_ids"],
+        position_ids=batch["position_ids"],
+        document_ends=batch["document_ends"],
+        logits_to_keep=positions,
+        use_cache=False,
+    ).logits[0]
 
 
 def make_optimizer(model, train) -> torch.optim.AdamW:

@@ -12,6 +12,11 @@ def steps_per_epoch(examples: int, global_batch_size: int) -> int:
     return math.ceil(examples / global_batch_size)
 
 
+def steps_of_run(examples: int, global_batch_size: int, max_epochs: int, max_steps: int | None) -> int:
+    steps = max_epochs * steps_per_epoch(examples, global_batch_size)
+    return steps if max_steps is None else min(steps, max_steps)
+
+
 def step_examples(examples: int, step: int, seed: int, global_batch_size: int) -> np.ndarray:
     """Indices (int64) of the conversations of step `step`, from 1: a shuffled order per epoch, cut into batches.
 

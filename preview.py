@@ -93,20 +93,22 @@ def preview(cfg, options, report: dict, samples: list):
     except ValueError as error:
         report["problems"] += bad_rows(cfg, tokenizer) or [str(error)]
         prepared = None
-    sets = {}
+    sets, hashes = {}, {}
     if prepared:
         tokenizer.chat_template = prepared["chat_template"]
         for split in ("train", "validation"):
             with problem(report):
                 examples = data.Examples(Path(prepared[split]), cfg.data.max_seq_length, cfg.data.overlong)
                 examples.check(split)
-                report[split] = figures(examples, tokenizer, cfg)
+                runs = trained_runs(examples)
+                hashes[split] = hashes_of(examples, runs)
+                report[split] = figures(examples, runs, hashes[split][0], tokenizer, cfg)
                 sets[split] = examples
     if "train" in sets:
         train = sets["train"]
         report["stop_tokens"] = tokenizer.convert_ids_to_tokens(data.find_stop_ids(tokenizer, train))
         if "validation" in sets:
-            report["overlap"] = overlap(train, sets["validation"])
+            report["overlap"] = overlap(hashes["train"], hashes["validation"])
         report["batches"] = batches(cfg, train, report["world_size"])
         first = packing.step_examples(len(train), 1, cfg.seed, cfg.train.global_batch_size)
         samples += [Sample(tokenizer, train, int(i)) for i in first[: options.samples]]
@@ -126,8 +128,7 @@ def check_surroundings(cfg, world_size: int):
     asked = (cfg.cluster.num_nodes or 1) * (cfg.cluster.gpus_per_node or 1)
     if cfg.cluster.gpus_per_node and asked != world_size:
         raise ValueError(f"`cluster` asks for {asked} processes, --world-size for {world_size}; make them equal")
-    if world_size % cfg.parallel.replicas:
-        raise ValueError(f"parallel.replicas = {cfg.parallel.replicas} does not divide the {world_size} processes")
+    modelling.mesh_shape(cfg.parallel.replicas, world_size)
     if cfg.logger.wandb.enabled and not importlib.util.find_spec("wandb"):
         raise ValueError("logger.wandb.enabled needs `pip install wandb`")
     folder = Path(cfg.output_dir).absolute()
@@ -170,11 +171,21 @@ def trained_runs(examples) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return example[inside], first[inside], last[inside]
 
 
-def figures(examples, tokenizer, cfg) -> dict:
+def hashes_of(examples, runs) -> tuple[list[int], list[int]]:
+    """A hash of each conversation's tokens, and of those in front of its first trained one."""
+    example, first, _ = runs
+    _, where = np.unique(example, return_index=True)  # the first run of each
+    whole = [hash(examples[i][0].tobytes()) for i in range(len(examples))]
+    prompts = [
+        hash(examples.input_ids[start:end].tobytes()) for start, end in zip(examples.starts, first[where], strict=True)
+    ]
+    return whole, prompts
+
+
+def figures(examples, runs, hashes: list[int], tokenizer, cfg) -> dict:
     lengths, tokens = examples.lengths, int(examples.lengths.sum())
-    example, _, last = trained_runs(examples)
+    example, _, last = runs
     special = np.isin(examples.input_ids[last], sorted(templates.special_ids(tokenizer)))
-    hashes = [hash(examples[i][0].tobytes()) for i in range(len(examples))]
     counts, edges = np.histogram(lengths, bins=min(10, int(lengths.max())))
     return {
         "conversations": len(examples),
@@ -193,27 +204,20 @@ def figures(examples, tokenizer, cfg) -> dict:
 
 
 def overlap(train, validation) -> dict:
-    """Validation conversations that are in the training split, whole or up to the first trained token."""
-
-    def hashes(examples):
-        example, first, _ = trained_runs(examples)
-        _, where = np.unique(example, return_index=True)
-        prompts = [
-            hash(examples.input_ids[start:end].tobytes())
-            for start, end in zip(examples.starts, first[where], strict=True)
-        ]
-        return [hash(examples[i][0].tobytes()) for i in range(len(examples))], prompts
-
-    (seen, seen_prompts), (whole, prompts) = hashes(train), hashes(validation)
-    seen, seen_prompts = set(seen), set(seen_prompts)
-    return {"conversations": sum(h in seen for h in whole), "prompts": sum(h in seen_prompts for h in prompts)}
+    """How many validation conversations are in the training split, whole or up to the first trained token: from the
+    `hashes_of` both."""
+    names = ("conversations", "prompts")
+    return {
+        name: sum(found in seen for found in there)
+        for name, seen, there in zip(names, map(set, train), validation, strict=True)
+    }
 
 
 def batches(cfg, examples, world_size: int) -> dict:
     """Steps, and how full and even the rows of some of them are."""
     batch_size, max_tokens = cfg.train.global_batch_size, cfg.train.max_tokens_per_micro_batch
     per_epoch = packing.steps_per_epoch(len(examples), batch_size)
-    steps = int(min(cfg.train.max_epochs * per_epoch, cfg.train.max_steps or math.inf))
+    steps = packing.steps_of_run(len(examples), batch_size, cfg.train.max_epochs, cfg.train.max_steps)
     tokens = rows = waited = work = 0
     largest = (0, 0)
     for step in np.unique(np.linspace(1, steps, min(steps, PLANNED_STEPS)).astype(int)).tolist():
@@ -272,19 +276,17 @@ def memory(cfg, tokenizer, world_size: int, gpu_gib: float, row: dict) -> dict:
         model_config = AutoConfig.from_pretrained(cfg.model.name, revision=cfg.model.revision)
     tokens = max(1, row["largest_row_tokens"])
     supervised = row.get("largest_row_supervised", tokens)
-    modelling.choose_attention(cfg.model, torch.device("cuda"))
+    attention = modelling.choose_attention(cfg.model, torch.device("cuda"))
+    if attention == "document_varlen":
+        attention = "document_sdpa"  # keeps the same tensors, and runs without a GPU
     with FakeTensorMode():
-        attention = "eager" if cfg.model.attention == "eager" else "document_sdpa"
         model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, attn_implementation=attention)
-        embeddings = model.get_input_embeddings().num_embeddings
-        if len(tokenizer) > embeddings:
-            raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model's embedding only {embeddings}")
+        modelling.check_vocabulary(model, tokenizer)
+        vocabulary = model.get_input_embeddings().num_embeddings
         weights = sum(p.numel() for p in model.parameters())
         in_block = sum(p.numel() for p in modelling.blocks(model)[0].parameters())
         root = weights - sum(p.numel() for p in modelling.blocks(model).parameters())
-        strategy = cfg.parallel.strategy
-        if strategy == "auto":
-            strategy = "ddp" if world_size == 1 or 16 * weights <= gpu_gib * GIB / 2 else "fsdp"
+        strategy = modelling.choose_strategy(cfg.parallel.strategy, model, world_size, gpu_gib * GIB)
         sharded = strategy == "fsdp" and world_size > 1
         dtype = modelling.compute_dtype(cfg)
         size = dtype.itemsize  # bytes a number in forward and backward
@@ -293,7 +295,7 @@ def memory(cfg, tokenizer, world_size: int, gpu_gib: float, row: dict) -> dict:
         modelling.prepare_for_training(model, cfg.model)
         activations = saved_bytes(model, tokens, supervised, None if sharded else dtype)
 
-    shards = world_size // cfg.parallel.replicas if sharded else 1
+    shards = modelling.mesh_shape(cfg.parallel.replicas, world_size)[1] if sharded else 1
     held = 0 if sharded and cfg.parallel.cpu_offload else 1
     parts = {
         "weights": held * 4 * weights / shards,
@@ -302,7 +304,7 @@ def memory(cfg, tokenizer, world_size: int, gpu_gib: float, row: dict) -> dict:
         # FSDP gathers a block while the one before runs, and reduces a block's gradients in float32
         "gathered": (2 * size * (root + in_block) + size * in_block + 4 * max(root, in_block)) if sharded else 0,
         "activations": activations,
-        "loss_gradient": (4 + size) * supervised * embeddings,
+        "loss_gradient": (4 + size) * supervised * vocabulary,
     }
     gib = {name: round(count / GIB, 2) for name, count in parts.items()}
     return {
@@ -332,13 +334,9 @@ def saved_bytes(model, tokens: int, supervised: int, autocast: torch.dtype | Non
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", dtype=autocast) if cast else contextlib.nullcontext(),
     ):
-        logits = model(
-            input_ids=ids,
-            position_ids=ids,
-            document_ends=[tokens],
-            logits_to_keep=torch.arange(max(1, supervised)),
-            use_cache=False,
-        ).logits[0]  # (supervised, vocabulary)
+        # as modelling.loss_sum, whose search for the supervised positions fake tensors cannot do
+        batch = {"input_ids": ids, "position_ids": ids, "document_ends": [tokens]}
+        logits = modelling.logits_at(model, batch, torch.arange(max(1, supervised)))  # (supervised, vocabulary)
         targets = torch.zeros(len(logits), dtype=torch.long)
         torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
     return sum(count for count, _ in kept.values())

@@ -45,11 +45,12 @@ def render_turns(chat_template, messages, tools=None, **variables) -> tuple[str,
     """
     compiled = compile_template(chat_template)
     chat = Chat(compiled, [prepared(message) for message in messages], tools, variables)
-    runs, text = chat.rendering(len(messages), False)
+    rendered = tracing.joined(chat.chunks(chat.traced, False))
+    text = str.__str__(rendered)
     if text != chat.plain_text():
         raise ValueError("the chat template does something that cannot be followed: " + ADVICE)
     segments, position = [], 0
-    for length, (source, printer, block) in runs:
+    for length, (source, printer, block) in rendered.runs:
         segments.append(Segment(position, position + length, source, printer if printer >= -1 else -2 - printer, block))
         position += length
     lost = next((segment for segment in segments if segment.source == tracing.LOST), None)
@@ -111,10 +112,6 @@ class Chat:
         except TEMPLATE_ERRORS as error:
             raise ValueError(f"the chat template refuses this conversation: {error}") from None
 
-    def rendering(self, upto: int, add_generation_prompt: bool) -> tuple[list, str]:
-        text = tracing.joined(self.chunks(self.traced[:upto], add_generation_prompt))
-        return text.runs, str.__str__(text)
-
     def fed(self, messages: list[dict]) -> str | None:
         """All that inference feeds for an answer to these messages; None: the template refuses."""
         try:
@@ -138,11 +135,10 @@ class Chat:
             return None
         # what is printed behind the messages: more than the prompt, where the template always ends with some text
         text = tracing.joined(asked)
-        tail = sum(length for length, _ in tail_runs(text))
         same = common(asked, told)
         asked, told = "".join(asked[same:]), "".join(told[same:])
         # a template that prints all at once has no pieces
-        found = {str.__str__(text[len(text) - tail :]), asked if same else asked[common(asked, told) :]}
+        found = {tail_of(text), asked if same else asked[common(asked, told) :]}
         return sorted(found - {""}, key=len, reverse=True) if str.__str__(text) else None
 
     def usual_prompts(self) -> list[str] | None:
@@ -267,16 +263,16 @@ def turn_end(chat: Chat, text: str, segments: list[Segment], i: int, own: list[i
         return end + after.index(eos) + len(eos)
     if after.strip():
         # what closes a chat that ends here, where it is not a generation prompt that comes unasked
-        here = tracing.joined(chat.chunks(chat.traced[: i + 1], False))
-        tail = here[len(here) - sum(length for length, _ in tail_runs(here)) :] if here else ""
+        tail = tail_of(tracing.joined(chat.chunks(chat.traced[: i + 1], False)))
         if tail.strip() and after.startswith(tail) and not any(tail.endswith(p) for p in chat.usual_prompts() or []):
             return end + len(tail.rstrip())
     return end
 
 
-def tail_runs(text: tracing.Traced) -> list:
-    """The runs at the end of a text that no message printed."""
-    return list(itertools.takewhile(lambda run: run[1][1] == tracing.NOBODY, reversed(text.runs)))
+def tail_of(text: tracing.Traced) -> str:
+    """The end of a text, as far as no message printed it."""
+    runs = itertools.takewhile(lambda run: run[1][1] == tracing.NOBODY, reversed(text.runs))
+    return str.__str__(text[len(text) - sum(length for length, _ in runs) :])
 
 
 def tagged_spans(chat: Chat, text: str, segments: list[Segment]) -> list[tuple[int, int, int]]:
@@ -351,14 +347,10 @@ def compile_template(chat_template: str) -> Compiled:
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        # Jinja's own escapes HTML characters
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
     def compiled(kind):
         environment = kind(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
         if kind is ImmutableSandboxedEnvironment:
-            environment.filters["tojson"] = tojson
+            environment.filters["tojson"] = tracing.tojson
         environment.globals.update(
             raise_exception=raise_exception, namespace=Namespace, strftime_now=lambda form: clock[0].strftime(form)
         )

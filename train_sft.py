@@ -167,11 +167,10 @@ def train(cfg, output_dir, rank, local_rank, world_size, tokenizer, train_set, v
     torch.manual_seed(cfg.seed)
     with data.from_hub("model.name", cfg.model.name):
         model = modelling.load(cfg.model, device)
-    embeddings = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > embeddings:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model's embedding only {embeddings}")
+    modelling.check_vocabulary(model, tokenizer)
     max_tokens = cfg.train.max_tokens_per_micro_batch
-    strategy = modelling.choose_strategy(cfg.parallel.strategy, model, world_size, device)
+    gpu_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    strategy = modelling.choose_strategy(cfg.parallel.strategy, model, world_size, gpu_bytes)
     if strategy == "fsdp" and not dist.is_initialized():
         strategy = "ddp"  # one process has nothing to shard
     parallel_model, model = modelling.parallelise(model, cfg, strategy, world_size, device)
@@ -187,7 +186,7 @@ def train(cfg, output_dir, rank, local_rank, world_size, tokenizer, train_set, v
 
     batch_size = cfg.train.global_batch_size
     steps_per_epoch = packing.steps_per_epoch(len(train_set), batch_size)
-    steps = min(cfg.train.max_epochs * steps_per_epoch, cfg.train.max_steps or math.inf)
+    steps = packing.steps_of_run(len(train_set), batch_size, cfg.train.max_epochs, cfg.train.max_steps)
     tracker = None
     if rank == 0:
         print(
@@ -195,9 +194,7 @@ def train(cfg, output_dir, rank, local_rank, world_size, tokenizer, train_set, v
             f"process(es) on {device.type}; {steps} steps, {steps_per_epoch} an epoch"
             + (f"; going on from step {start}" if start else "")
         )
-        tracker = Tracker(
-            cfg.logger, configuration.to_dict(cfg), configuration.dump(cfg), output_dir, start, int(steps)
-        )
+        tracker = Tracker(cfg.logger, configuration.to_dict(cfg), configuration.dump(cfg), output_dir, start, steps)
 
     limit = validation_set.lengths[: cfg.validation.max_examples]
     validation_rows = packing.pack(np.arange(len(limit)), limit, world_size, max_tokens)[rank]
@@ -241,7 +238,7 @@ def train(cfg, output_dir, rank, local_rank, world_size, tokenizer, train_set, v
 
     model.train()
     step = start
-    for step in range(start + 1, int(steps) + 1):
+    for step in range(start + 1, steps + 1):
         clock = time.perf_counter()
         # Which conversations, and in which rows: the same plan on every rank, from (seed, step) alone
         chosen = packing.step_examples(len(train_set), step, cfg.seed, batch_size)
@@ -259,7 +256,7 @@ def train(cfg, output_dir, rank, local_rank, world_size, tokenizer, train_set, v
         if not (math.isfinite(step_loss) and math.isfinite(grad_norm)):
             name_the_broken(step, step_loss, grad_norm, rows, losses, train_set, world_size)
         for group in optimizer.param_groups:
-            group["lr"] = modelling.learning_rate(cfg.train, step, int(steps))
+            group["lr"] = modelling.learning_rate(cfg.train, step, steps)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -288,7 +285,7 @@ def train(cfg, output_dir, rank, local_rank, world_size, tokenizer, train_set, v
                 (output_dir / "STOP").unlink(missing_ok=True)
             return
 
-    finish(cfg, output_dir, rank, write_model, tracker, int(steps))
+    finish(cfg, output_dir, rank, write_model, tracker, steps)
 
 
 def forward_backward(cfg, parallel_model, strategy, examples, rows, supervised: int, world_size: int, device):
