@@ -1,14 +1,31 @@
-"""Checkpoints: written under another name, flushed, renamed; found, loaded, rotated. A `step_*` folder is whole."""
+"""Checkpoints: written under another name, flushed, renamed; found, loaded, rotated. A `step_*` folder is whole.
 
+python checkpoint.py results/squad             # what is there, which is best, and whether each is whole
+python checkpoint.py FOLDER/step_00000010 DIR  # makes a model folder of its state/
+"""
+
+import datetime
 import json
 import os
+import pickle
 import shutil
+import sys
+import threading
 import warnings
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import yaml
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+import model as modelling
+
+# One process is a good number; for all threads, as a filter cannot be set for one
+warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
 
 # What may change between two starts of one run: it changes neither the batches nor the model.
 MAY_CHANGE = (
@@ -17,8 +34,11 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
+# ---- find ------------------------------------------------------------------------------------------------------------
+
+
 def find(output_dir: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
+    """The folders `step_*` of a run, oldest first."""
     return sorted(path for path in (output_dir / "checkpoints").glob("step_*") if path.name[5:].isdigit())
 
 
@@ -26,15 +46,56 @@ def step_of(folder: Path) -> int:
     return int(folder.name[5:])
 
 
-def where_to_start(config: dict) -> tuple[int, bool]:
-    """(the step of the newest whole checkpoint or 0, whether the run is finished) of `config["output_dir"]`.
+def newest_whole(output_dir: Path) -> Path | None:
+    """A folder that was damaged after it was written is passed over: the steps behind an older one are the same."""
+    return next((folder for folder in reversed(find(output_dir)) if damage(folder) is None), None)
+
+
+def damage(folder: Path) -> str | None:
+    """What is missing in a checkpoint, from its lists of contents and the sizes of its files; None: nothing is."""
+    try:
+        json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        sizes = {}
+        for place in read_metadata(folder / "state").storage_data.values():
+            sizes[place.relative_path] = max(sizes.get(place.relative_path, 0), place.offset + place.length)
+        for name, size in sizes.items():
+            there = (folder / "state" / name).stat().st_size
+            if there < size:
+                return f"state/{name} has {there:,} bytes of {size:,}"
+        for name in modelling.weight_files(folder / "model"):
+            modelling.check_size(folder / "model" / name)
+    except (OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        return f"{error}"
+    return None
+
+
+class MetadataReader(pickle.Unpickler):
+    """torch.distributed.checkpoint keeps its list of contents as a pickle: nothing but such lists is read here."""
+
+    def find_class(self, module, name):
+        listed = module.startswith(("torch.distributed.checkpoint.", "torch.distributed.tensor."))
+        if listed or (module, name) in {("torch", "Size"), ("torch", "device"), ("collections", "OrderedDict"),
+                                        ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath")}:  # fmt: skip
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), (torch.dtype, torch.layout)):
+            return getattr(torch, name)
+        raise pickle.UnpicklingError(f"state/.metadata names {module}.{name}, which is no part of a checkpoint")
+
+
+def read_metadata(state: Path):
+    with open(state / ".metadata", "rb") as file:
+        return MetadataReader(file).load()
+
+
+def where_to_start(config: dict) -> tuple[Path | None, bool]:
+    """(the newest whole checkpoint, whether the run is finished) of `config["output_dir"]`.
 
     Raises ValueError where another run is there, or what is no run: it is never overwritten.
     """
     name = config["output_dir"]
     output_dir = Path(name)
-    if not output_dir.exists() or not any(output_dir.iterdir()):
-        return 0, False
+    if not output_dir.exists() or not any(path.name != ".lock" for path in output_dir.iterdir()):
+        return None, False
     if not (output_dir / "config.yaml").is_file():
         raise ValueError(f"output_dir = {name!r} is not empty and holds no run; name another folder")
     if config["checkpoint"]["resume"] == "never":
@@ -46,84 +107,10 @@ def where_to_start(config: dict) -> tuple[int, bool]:
             f"output_dir = {name!r} holds a run with another configuration: {'; '.join(differing)}; "
             "name another output_dir, or set the keys as they were"
         )
-    found = find(output_dir)
-    start = step_of(found[-1]) if found else 0
     status = output_dir / "status.json"
     state = json.loads(status.read_text(encoding="utf-8")) if status.is_file() else {}
     same_length = all(old["train"][key] == config["train"][key] for key in ("max_steps", "max_epochs"))
-    return start, state.get("state") == "finished" and same_length
-
-
-def write_atomically(path: Path, text: str):
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def flush(folder: Path):
-    """Everything below the folder on the disk, folders too."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def save(output_dir: Path, step: int, model, optimizer, write_model, metrics: dict, rank: int, barrier) -> Path:
-    """Write `checkpoints/step_*/{state,model,metrics.json}`. Every rank calls it; `write_model(folder)` too, `barrier`
-    waits for all ranks. A checkpoint of that step that is there already is left as it is.
-    """
-    final = output_dir / "checkpoints" / f"step_{step:08d}"
-    unfinished = final.with_name(f"unfinished_{final.name}")
-    if final.is_dir():
-        return final
-    if rank == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    barrier()
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")  # one process is a good number
-        dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=unfinished / "state")
-    write_model(unfinished / "model")
-    barrier()
-    if rank == 0:
-        write_atomically(unfinished / "metrics.json", json.dumps({"step": step, **metrics}))
-        flush(unfinished)
-        os.rename(unfinished, final)
-        flush(final.parent)
-    barrier()
-    return final
-
-
-def load(folder: Path, model, optimizer):
-    """Read the state back, on any number of ranks, DDP or FSDP."""
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
-        dcp.load(state, checkpoint_id=folder / "state")
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-
-
-def rotate(output_dir: Path, keep: int):
-    """Keep the newest checkpoint and the `keep` best by validation loss; clear what was never finished."""
-    for leftover in (output_dir / "checkpoints").glob("unfinished_*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    older = find(output_dir)[:-1]
-    older.sort(key=lambda folder: (loss_of(folder), -step_of(folder)))
-    for folder in older[keep:]:
-        doomed = folder.with_name(f"unfinished_{folder.name}")
-        os.rename(folder, doomed)  # so that no half-deleted folder is called step_*
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
-def loss_of(folder: Path) -> float:
-    return json.loads((folder / "metrics.json").read_text(encoding="utf-8")).get("val/loss", float("inf"))
+    return newest_whole(output_dir), state.get("state") == "finished" and same_length
 
 
 def differing_keys(old: dict, new: dict, prefix="") -> list[str]:
@@ -139,3 +126,298 @@ def differing_keys(old: dict, new: dict, prefix="") -> list[str]:
         elif a != b:
             found.append(f"{full_name} ({a!r} there, {b!r} now)")
     return found
+
+
+def clear_leftovers(output_dir: Path) -> list[str]:
+    """Delete what was never finished, and move aside what was damaged since. Returns what there is to say."""
+    for leftover in [*(output_dir / "checkpoints").glob("unfinished_*"), *output_dir.glob("unfinished_*")]:
+        shutil.rmtree(leftover, ignore_errors=True)
+    said = []
+    for folder in find(output_dir):
+        if reason := damage(folder):
+            aside = folder.with_name(f"damaged_{folder.name}")
+            if aside.exists():
+                shutil.rmtree(aside, ignore_errors=True)
+            os.rename(folder, aside)
+            said.append(f"{folder} was damaged after it was written ({reason}): now {aside.name}")
+    return said
+
+
+# ---- write -----------------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, text: str):
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_status(output_dir: Path, state: str, step: int | None, reason: str | None = None):
+    write_atomically(output_dir / "status.json", json.dumps({"state": state, "step": step, "reason": reason}) + "\n")
+
+
+def flush(folder: Path):
+    """Everything below the folder on the disk, folders too."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def state_of(model, optimizer) -> dict:
+    """Weights, buffers and optimizer state by the parameter's name, as they are and not copied. The optimizer's state is
+    made where it has none yet, so that a checkpoint can be read into it."""
+    kept = model.state_dict().keys()
+    weights = {name: p.detach() for name, p in model.named_parameters()}  # tied weights once
+    weights |= {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    moments = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if p not in optimizer.state:  # as AdamW makes it at its first step
+            on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+            step = torch.zeros((), dtype=torch.float32, device=p.device if on_device else "cpu")
+            optimizer.state[p] = {"step": step, **{k: torch.zeros_like(p.detach()) for k in ("exp_avg", "exp_avg_sq")}}
+        moments[name] = optimizer.state[p]
+    return {"model": weights, "optimizer": moments}
+
+
+class Writer:
+    """Writes a run's checkpoints, one at a time, in a thread: the loop waits for a copy in memory alone. Every rank has
+    one. `skeleton`: `modelling.skeleton` of the model; `figures` are kept with the checkpoint (`val/loss` ranks them).
+    """
+
+    def __init__(self, output_dir: Path, keep: int, asynchronous: bool, rank: int, skeleton, tokenizer, stop_ids):
+        self.folder, self.keep, self.rank = output_dir / "checkpoints", keep, rank
+        self.skeleton, self.tokenizer, self.stop_ids = skeleton, tokenizer, stop_ids
+        self.thread, self.error = None, None
+        self.stager = (
+            DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False)) if asynchronous else None
+        )
+        # a group of its own: its messages run beside the loop's
+        self.group = (
+            dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1)) if dist.is_initialized() else None
+        )
+
+    def save(self, step: int, model, optimizer, figures: dict):
+        """Every rank calls it. The checkpoint before has to be `done`."""
+        state = state_of(model, optimizer)
+        if self.stager:
+            state = self.stager.stage(state)
+            self.thread = threading.Thread(target=self.try_to_write, args=(step, state, figures), daemon=True)
+            self.thread.start()
+        else:
+            self.try_to_write(step, state, figures)
+
+    def done(self, seconds: float = 0.0) -> bool:
+        """Whether nothing is being written, waiting for so long. Raises OSError where it could not be written."""
+        if self.thread:
+            self.thread.join(seconds)
+            if self.thread.is_alive():
+                return False
+            self.thread = None
+        if self.error:
+            raise self.error
+        return True
+
+    def try_to_write(self, step, state, figures):
+        final = self.folder / f"step_{step:08d}"
+        try:
+            self.write(step, state, figures, final)
+        except (Exception, CheckpointException) as error:
+            while isinstance(error, CheckpointException):
+                error = next(iter(error.failures.values()))[0]
+            if self.rank == 0:
+                shutil.rmtree(final.with_name(f"unfinished_{final.name}"), ignore_errors=True)
+            free = "unknown"
+            try:
+                free = f"{shutil.disk_usage(self.folder).free / 2**30:.2f} GiB"
+            except OSError:
+                pass
+            self.error = OSError(
+                f"the checkpoint of step {step} could not be written below {self.folder} (free there: {free}): {error}. "
+                "Earlier checkpoints are whole; make room, and the same command goes on from the newest"
+            )
+
+    def write(self, step, state, figures, final: Path):
+        unfinished = final.with_name(f"unfinished_{final.name}")
+        if self.rank == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        if self.group:
+            dist.barrier(group=self.group)
+        # each rank flushes its own files; an error on one is raised on all
+        dcp.save(state, checkpoint_id=unfinished / "state", process_group=self.group, no_dist=self.group is None)
+        if self.rank == 0:
+            export(unfinished / "state", self.skeleton, self.tokenizer, self.stop_ids, unfinished / "model")
+            write_atomically(unfinished / "metrics.json", json.dumps({"step": step, **figures}))
+            flush(unfinished)
+            os.rename(unfinished, final)
+            flush_name(self.folder)
+            rotate(self.folder.parent, self.keep)
+
+
+def flush_name(folder: Path):
+    """The folder's list of names on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rotate(output_dir: Path, keep: int):
+    """Keep the newest checkpoint and the `keep` best by validation loss."""
+    older = find(output_dir)[:-1]
+    older.sort(key=lambda folder: (loss_of(folder), -step_of(folder)))
+    for folder in older[keep:]:
+        doomed = folder.with_name(f"unfinished_{folder.name}")
+        os.rename(folder, doomed)  # so that no half-deleted folder is called step_*
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def loss_of(folder: Path) -> float:
+    """Infinite where that step was not validated."""
+    return json.loads((folder / "metrics.json").read_text(encoding="utf-8")).get("val/loss", float("inf"))
+
+
+# ---- read ------------------------------------------------------------------------------------------------------------
+
+
+def load(folder: Path, model, optimizer):
+    """Read the state back in place, on any number of ranks, DDP or FSDP. Raises ValueError where it cannot be read."""
+    read(folder / "state", state_of(model, optimizer), no_dist=not dist.is_initialized())
+
+
+def read(state: Path, into: dict, no_dist: bool):
+    try:
+        read_metadata(state)
+        dcp.load(into, checkpoint_id=state, no_dist=no_dist)
+    except (Exception, CheckpointException) as error:
+        while isinstance(error, CheckpointException):
+            error = next(iter(error.failures.values()))[0]
+        raise ValueError(f"{state} cannot be read: {error}. Move {state.parent} away to go on without it") from error
+
+
+def export(state: Path, skeleton, tokenizer, stop_ids: list[int], folder: Path):
+    """A model folder from a checkpoint's `state/`, in the skeleton's dtype, compared with the state after writing."""
+    weights = {
+        name: torch.empty(p.shape, dtype=p.dtype)  # read straight into the exported dtype
+        for name, p in [*skeleton.named_parameters(), *skeleton.named_buffers()]
+        if f"model.{name}" in read_metadata(state).state_dict_metadata
+    }
+    read(state, {"model": weights}, no_dist=True)
+    modelling.export(skeleton, weights, tokenizer, stop_ids, folder)
+
+
+def put_model(output_dir: Path):
+    """`output_dir/model`, from the newest checkpoint; opened as a user opens it, and compared with the state."""
+    newest, target, unfinished = find(output_dir)[-1], output_dir / "model", output_dir / "unfinished_model"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(newest / "model", unfinished)
+    modelling.compare(unfinished, read_weights(newest))
+    flush(unfinished)
+    if target.is_dir():
+        os.rename(target, output_dir / "unfinished_old_model")
+    os.rename(unfinished, target)
+    flush_name(output_dir)
+    shutil.rmtree(output_dir / "unfinished_old_model", ignore_errors=True)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def main(arguments: list[str]):
+    if len(arguments) not in (1, 2) or "--help" in arguments or "-h" in arguments:
+        print(__doc__)
+        raise SystemExit(0 if {"--help", "-h"} & {*arguments} else 2)
+    folder = Path(arguments[0])
+    try:
+        if len(arguments) == 2:
+            make_model_folder(folder, Path(arguments[1]))
+        elif not list_checkpoints(folder):
+            raise SystemExit(1)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def list_checkpoints(output_dir: Path) -> bool:
+    """Prints a line for each checkpoint. Returns whether all are whole."""
+    found = find(output_dir)
+    if not found:
+        raise ValueError(f"{output_dir}/checkpoints holds no checkpoint")
+    status = output_dir / "status.json"
+    if status.is_file():
+        print(f"{output_dir}: {status.read_text(encoding='utf-8').strip()}")
+    whole = {}
+    for folder in found:
+        problem = damage(folder)
+        if problem is None:
+            try:
+                read_all(folder)
+                modelling.compare(folder / "model", read_weights(folder))
+            except (OSError, ValueError, RuntimeError) as error:
+                problem = str(error)
+        whole[folder] = problem is None
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        loss = loss_of(folder) if whole[folder] else float("inf")
+        shown = f"val/loss {loss:.4f}" if loss < float("inf") else "not validated"
+        print(
+            f"{folder.name}  {size / 2**20:,.1f} MiB  {shown}  {'whole' if problem is None else f'DAMAGED: {problem}'}"
+        )
+    good = [folder for folder in found if whole[folder]]
+    if good:
+        best = min(good, key=lambda folder: (loss_of(folder), -step_of(folder)))
+        print(f"best: {best.name}, newest whole: {good[-1].name}")
+    return len(good) == len(found)
+
+
+def read_all(folder: Path):
+    """Everything in a checkpoint's `state/`, one tensor at a time, and so held against the files' checksums."""
+    for name, entry in read_metadata(folder / "state").state_dict_metadata.items():
+        tree = {name: torch.empty(entry.size, dtype=entry.properties.dtype)}
+        read(folder / "state", tree, no_dist=True)
+
+
+def read_weights(folder: Path) -> dict:
+    """A checkpoint's weights by name, float32."""
+    metadata = read_metadata(folder / "state").state_dict_metadata
+    weights = {
+        name.removeprefix("model."): torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.items()
+        if name.startswith("model.")
+    }
+    read(folder / "state", {"model": weights}, no_dist=True)
+    return weights
+
+
+def make_model_folder(folder: Path, target: Path):
+    """`folder`: a checkpoint, whose model/ may be gone or damaged but for its configuration and tokenizer."""
+    if target.exists() and any(target.iterdir()):
+        raise ValueError(f"{target} is not empty; name another folder")
+    run = folder.resolve().parent.parent
+    source = next((f / "model" for f in [folder, *reversed(find(run))] if (f / "model/tokenizer.json").is_file()), None)
+    if source is None:
+        raise ValueError(
+            f"{folder} has no model/ with configuration and tokenizer, nor has another checkpoint beside it"
+        )
+    model_config = AutoConfig.from_pretrained(source)
+    skeleton = modelling.skeleton(model_config, GenerationConfig.from_pretrained(source), model_config.dtype)
+    eos = skeleton.generation_config.eos_token_id
+    stop_ids = eos if isinstance(eos, list) else [eos]
+    export(folder / "state", skeleton, AutoTokenizer.from_pretrained(source), stop_ids, target)
+    flush(target)
+    print(f"{target} holds the model of {folder}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

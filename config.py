@@ -142,6 +142,7 @@ class Cluster:
     gpus_per_node: int | None = key(
         None, "processes per machine; without torchrun, that many are started through its launcher", minimum=1
     )
+    hang_timeout: float = key(600.0, "seconds without progress until the run ends and names the hung rank", minimum=1)
 
 
 @dataclass

@@ -371,11 +371,13 @@ def find_stop_ids(tokenizer, examples) -> list[int]:
 
 
 class Examples:
-    """Tokenised conversations in memory-mapped files. `lengths` and `supervised`: tokens of each, int64."""
+    """Tokenised conversations in memory-mapped files. `lengths` and `supervised`: tokens of each, int64; `digest`: of
+    all tokens and labels."""
 
     def __init__(self, folder: Path, max_seq_length: int, overlong: str):
         self.input_ids = np.memmap(folder / "input_ids", dtype=np.int32, mode="r")
         self.labels = np.memmap(folder / "labels", dtype=np.int32, mode="r")
+        self.digest = (folder / "digest").read_text(encoding="utf-8")
         offsets = np.load(folder / "offsets.npy")
         lengths = np.diff(offsets)
         self.overlong = int((lengths > max_seq_length).sum())
@@ -446,7 +448,7 @@ def write_tokens(rows, tokenizer, chat_template, train_on, folder: Path, name: s
     size = 256
     chunks = [range(i, min(i + size, len(rows))) for i in range(0, len(rows), size)]
     encode_chunk = functools.partial(encode_rows, rows, tokenizer, chat_template, train_on, name)
-    lengths = []
+    lengths, digest = [], hashlib.sha256()
     with (
         open(folder / "input_ids", "wb") as ids_file,
         open(folder / "labels", "wb") as labels_file,
@@ -456,13 +458,15 @@ def write_tokens(rows, tokenizer, chat_template, train_on, folder: Path, name: s
         pool = multiprocessing.get_context("fork").Pool if sys.platform == "linux" and workers > 1 else None
         if pool is None or len(chunks) < 4:
             results = map(encode_chunk, chunks)
-            write_results(results, ids_file, labels_file, lengths, bar)
+            write_results(results, ids_file, labels_file, lengths, digest, bar)
         else:
             global forked
             forked = encode_chunk
             with pool(workers) as processes:
-                write_results(processes.imap(call_forked, chunks), ids_file, labels_file, lengths, bar)
+                write_results(processes.imap(call_forked, chunks), ids_file, labels_file, lengths, digest, bar)
     np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
+    digest.update(np.array(lengths, dtype=np.int64).tobytes())
+    (folder / "digest").write_text(digest.hexdigest(), encoding="utf-8")
 
 
 forked = None  # what the workers of a pool call: inherited by fork, never pickled
@@ -473,10 +477,11 @@ def call_forked(chunk):
     return forked(chunk)
 
 
-def write_results(results, ids_file, labels_file, lengths: list, bar):
+def write_results(results, ids_file, labels_file, lengths: list, digest, bar):
     for ids, labels, chunk_lengths in results:
-        ids_file.write(ids.tobytes())
-        labels_file.write(labels.tobytes())
+        for part, file in ((ids, ids_file), (labels, labels_file)):
+            file.write(part.tobytes())
+            digest.update(part.tobytes())
         lengths.extend(chunk_lengths)
         bar.update(len(chunk_lengths))
 

@@ -3,12 +3,12 @@
 import contextlib
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -300,37 +300,64 @@ def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, st
     ]
 
 
-def full_state_dict(model) -> dict:
-    """All weights on the CPU of rank 0, elsewhere an empty dict. Every rank has to call it."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-
-def export(model, state_dict: dict, tokenizer, dtype: torch.dtype, stop_ids: list[int], folder: Path):
-    """A model folder that `from_pretrained` and serving engines open, compared with the weights after writing."""
-    shutil.rmtree(folder, ignore_errors=True)
-    config = type(model.config).from_dict(model.config.to_dict())
-    config.use_cache = True
-    config.dtype = dtype
+def skeleton(config, generation_config, dtype: torch.dtype):
+    """The model of a transformers configuration without weights (on the meta device), as it is to be saved."""
+    config = type(config).from_dict(config.to_dict())
+    config.use_cache, config.dtype = True, dtype
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    state_dict = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state_dict.items()}
-    skeleton.load_state_dict(state_dict, assign=True, strict=False)
-    skeleton.tie_weights()
-    generation = skeleton.generation_config
-    generation.update(**model.generation_config.to_diff_dict())
+        empty = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    empty.generation_config.update(**generation_config.to_diff_dict())
+    return empty
+
+
+def export(empty, weights: dict, tokenizer, stop_ids: list[int], folder: Path):
+    """A model folder that `from_pretrained` and serving engines open. `empty`: `skeleton` of the model, empty again
+    afterwards; `weights`: by name, tied ones once. Builds no model, so that it may run beside the training."""
+    shutil.rmtree(folder, ignore_errors=True)
+    missing = {name for name, p in empty.named_parameters()} - {*weights}
+    tied = {name for names in (empty._tied_weights_keys or {},) for name in names}
+    if {name for name in missing if not any(re.fullmatch(pattern, name) for pattern in tied)}:
+        raise ValueError(f"the checkpoint lacks the weights {sorted(missing)[:3]}")
+    empty.load_state_dict(weights, assign=True, strict=False)
+    empty.tie_weights()
+    generation = empty.generation_config
     generation.eos_token_id = stop_ids if len(stop_ids) > 1 else stop_ids[0]
     generation.pad_token_id = generation.pad_token_id if generation.pad_token_id is not None else stop_ids[0]
-    skeleton.save_pretrained(folder)
+    empty.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    compare(folder, state_dict)
+    empty.to("meta")
+    for name in weight_files(folder):
+        check_size(folder / name)
 
 
-def compare(folder: Path, state_dict: dict):
-    """Raises RuntimeError unless the folder, opened as a user opens it, has exactly these weights."""
+def weight_files(folder: Path) -> list[str]:
+    """The names of a model folder's safetensors files."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    return ["model.safetensors"]
+
+
+def check_size(path: Path):
+    """Raises ValueError unless a safetensors file has as many bytes as its header says.
+    https://github.com/huggingface/safetensors#format: 8 bytes length of the header, header, tensors."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    if path.stat().st_size != 8 + length + max(ends, default=0):
+        raise ValueError(
+            f"{path.parent.name}/{path.name} has {path.stat().st_size:,} bytes of {8 + length + max(ends):,}"
+        )
+
+
+def compare(folder: Path, weights: dict):
+    """Raises RuntimeError unless the folder, opened as a user opens it, has exactly these weights, in its dtype."""
     reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
     different = [
-        name for name in state_dict if name not in reloaded or not torch.equal(reloaded[name], state_dict[name])
+        name
+        for name, value in weights.items()
+        if name not in reloaded or not torch.equal(reloaded[name], value.to(reloaded[name].dtype))
     ]
-    if different or set(reloaded) - set(state_dict):
-        raise RuntimeError(f"{folder} does not hold the trained weights: {different[:3] or 'others are missing'}")
-    json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
+    if different:
+        raise RuntimeError(f"{folder} does not hold the trained weights: {different[:3]}")

@@ -79,11 +79,11 @@ def problem(report: dict):
 def preview(cfg, options, report: dict, samples: list):
     report["world_size"] = options.world_size or (cfg.cluster.num_nodes or 1) * (cfg.cluster.gpus_per_node or 1)
     with problem(report):
-        start, finished = checkpoint.where_to_start(configuration.to_dict(cfg))
+        newest, finished = checkpoint.where_to_start(configuration.to_dict(cfg))
         if finished:
             report["notes"].append(f"{cfg.output_dir} holds this run, finished: it would not start again")
-        elif start:
-            report["notes"].append(f"{cfg.output_dir} holds this run: it would go on from step {start}")
+        elif newest:
+            report["notes"].append(f"{cfg.output_dir} holds this run: it would go on from step {checkpoint.step_of(newest)}")
     with problem(report):
         check_surroundings(cfg, report["world_size"])
 

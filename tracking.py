@@ -1,6 +1,7 @@
 """Where a run's figures go: console, metrics.jsonl, TensorBoard, Weights & Biases."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -21,7 +22,7 @@ class Tracker:
         if config.tensorboard.enabled:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(str(output_dir / "tensorboard"), purge_step=start + 1 if start else None)
+            self.tensorboard = SummaryWriter(str(output_dir / "tensorboard"), purge_step=start + 1 if start else 0)
             self.tensorboard.add_text("config", f"```yaml\n{config_text}```", start)
         if config.wandb.enabled:
             self.wandb = start_wandb(config.wandb, config_dict)
@@ -60,6 +61,12 @@ class Tracker:
     def say(self, line: str):
         self.bar.write(line, file=sys.stdout)
         sys.stdout.flush()
+
+    def flush(self):
+        """All figures so far on the disk: a checkpoint that is whole has them behind it."""
+        os.fsync(self.file.fileno())
+        if self.tensorboard:
+            self.tensorboard.flush()
 
     def close(self):
         self.bar.close()

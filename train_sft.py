@@ -5,13 +5,15 @@ python train_sft.py                     # one process; configs/squad.yaml where 
 """
 
 import contextlib
+import copy
 import datetime
+import fcntl
 import json
 import math
 import os
-import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ import model as modelling
 import packing
 import templates
 from tracking import Tracker
+from watchdog import Watchdog, connect
 
 USAGE = "usage: train_sft.py [CONFIG.yaml | --config CONFIG.yaml] [KEY=VALUE ...]   (none: configs/squad.yaml)"
 
@@ -33,12 +36,13 @@ USAGE = "usage: train_sft.py [CONFIG.yaml | --config CONFIG.yaml] [KEY=VALUE ...
 
 
 def main():
+    began = time.monotonic()
     cfg = read_command_line(sys.argv[1:])
     rank, local_rank, world_size = launch(cfg)
     output_dir = Path(cfg.output_dir)
-    started = False  # from then on, output_dir is this run's
+    watchdog = Watchdog(rank, world_size, cfg.cluster.hang_timeout)
     try:
-        start, finished = checkpoint.where_to_start(configuration.to_dict(cfg))
+        _, finished = checkpoint.where_to_start(configuration.to_dict(cfg))
         if finished:
             if rank == 0:
                 print(
@@ -46,27 +50,37 @@ def main():
                     "another output_dir or delete it; to train on, raise train.max_steps."
                 )
             return
+        watchdog.at("preparing the data")
         tokenizer, train_set, validation_set, stop_ids = prepare(cfg, rank, local_rank)
         if world_size > 1:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+            # Who waits for whom, and for how long, is the watchdog's business: it names the rank
+            dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+        lock = take_output_dir(cfg, output_dir) if rank == 0 else None
         barrier()
-        started = True
+        folder, _ = checkpoint.where_to_start(configuration.to_dict(cfg))  # nobody else writes there any more
+        start = check_data(folder, train_set)
+        barrier()
+        watchdog.output_dir, watchdog.step = output_dir, start
         if rank == 0:
-            output_dir.mkdir(parents=True, exist_ok=True)
+            for line in checkpoint.clear_leftovers(output_dir):
+                print(line)
             checkpoint.write_atomically(output_dir / "config.yaml", configuration.dump(cfg))
-            set_status(output_dir, "running", start)
+            checkpoint.write_status(output_dir, "running", start)
             (output_dir / "STOP").unlink(missing_ok=True)  # it was meant for an earlier start
-        train(cfg, output_dir, rank, local_rank, world_size, tokenizer, train_set, validation_set, stop_ids, start)
+        barrier()
+        train(
+            cfg, output_dir, rank, local_rank, world_size, tokenizer, train_set, validation_set, stop_ids, folder,
+            watchdog, began,
+        )  # fmt: skip
+        watchdog.close()
+        del lock
     except (ValueError, OSError, FloatingPointError) as error:
-        if started:
-            set_status(output_dir, "failed", None, str(error))
         if os.environ.get("SFT_TRACEBACK"):
             raise
-        raise SystemExit(f"error: {' '.join(str(error).split())}") from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        watchdog.fail(f"error: {' '.join(str(error).split())}", error)
+    except Exception as error:  # a mistake in the code, or a rank that has lost another
+        watchdog.fail(f"{traceback.format_exc()}error: rank {rank}: {type(error).__name__}: {error}", error)
 
 
 def read_command_line(arguments: list[str]) -> configuration.Config:
@@ -92,6 +106,7 @@ def launch(cfg) -> tuple[int, int, int]:
             configuration_error(f"cluster.num_nodes = {nodes} needs torchrun on each machine; see slurm/ or the README")
         if (processes or 1) > 1:
             command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+            command += ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", "--shutdown-timeout", "300"]
             os.execv(sys.executable, [sys.executable, *command, *sys.argv])
         return 0, 0, 1
     rank, local_rank, world_size, local_world_size = (
@@ -108,9 +123,37 @@ def launch(cfg) -> tuple[int, int, int]:
     return rank, local_rank, world_size
 
 
-def set_status(output_dir: Path, state: str, step: int | None, reason: str | None = None):
-    text = json.dumps({"state": state, "step": step, "reason": reason}) + "\n"
-    checkpoint.write_atomically(output_dir / "status.json", text)
+def take_output_dir(cfg, output_dir: Path):
+    """Make the folder and lock it: two runs that write into one folder would harm each other. The lock lasts as long as
+    the file is open, and ends with the process, however that ends."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(output_dir / ".lock", "w")
+    except OSError as error:
+        raise ValueError(f"output_dir = {cfg.output_dir!r} cannot be written: {error.strerror}; name another") from None
+    for second in range(60):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            if second == 2:
+                print(f"waiting for another process that writes into {output_dir} to end", flush=True)
+            time.sleep(1)
+        except OSError:
+            return lock  # a file system without locks
+    raise ValueError(f"output_dir = {cfg.output_dir!r}: another process is training there; name another folder")
+
+
+def check_data(folder: Path | None, train_set) -> int:
+    """The step of the checkpoint `folder`, 0 for None. Raises ValueError where it was trained on other conversations."""
+    if folder is None:
+        return 0
+    if json.loads((folder / "metrics.json").read_text(encoding="utf-8")).get("data") != train_set.digest:
+        raise ValueError(
+            f"{folder} was trained on other conversations (or tokens) than data.dataset gives now; name another "
+            "output_dir, or bring back the data as they were"
+        )
+    return checkpoint.step_of(folder)
 
 
 def barrier():
@@ -130,8 +173,7 @@ def prepare(cfg, rank: int, local_rank: int):
         print(f"HF_HOME is not set: downloads and tokens are kept in {constants.HF_HOME}")
     store = None
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(address, port, is_master=False, timeout=datetime.timedelta(days=7))
+        store = connect()
         name = f"prepared/{os.environ['TORCHELASTIC_RESTART_COUNT']}/{os.environ['GROUP_RANK']}"
     tokenizer = data.load_tokenizer(cfg)
     if local_rank == 0:
@@ -158,12 +200,17 @@ def prepare(cfg, rank: int, local_rank: int):
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
 
-def train(cfg, output_dir, rank, local_rank, world_size, tokenizer, train_set, validation_set, stop_ids, start):
+def train(
+    cfg, output_dir, rank, local_rank, world_size, tokenizer, train_set, validation_set, stop_ids, folder, watchdog, began
+):  # fmt: skip
+    """`folder`: the checkpoint to go on from, or None; `began`: when this process did, for `must_save_by`."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
 
+    watchdog.at("loading the model")
+    start = checkpoint.step_of(folder) if folder else 0
     torch.manual_seed(cfg.seed)
     with data.from_hub("model.name", cfg.model.name):
         model = modelling.load(cfg.model, device)
@@ -175,8 +222,12 @@ def train(cfg, output_dir, rank, local_rank, world_size, tokenizer, train_set, v
         strategy = "ddp"  # one process has nothing to shard
     parallel_model, model = modelling.parallelise(model, cfg, strategy, world_size, device)
     optimizer = modelling.make_optimizer(model, cfg.train)
-    if start:
-        checkpoint.load(checkpoint.find(output_dir)[-1], model, optimizer)
+    if folder:
+        checkpoint.load(folder, model, optimizer)
+    empty = modelling.skeleton(model.config, model.generation_config, modelling.compute_dtype(cfg))
+    writer = checkpoint.Writer(
+        output_dir, cfg.checkpoint.keep, cfg.checkpoint.async_save, rank, empty, copy.deepcopy(tokenizer), stop_ids
+    )
     with modelling.precision(cfg, strategy, device):
         apart = modelling.keeps_documents_apart(model, modelling.compute_dtype(cfg))
     if not apart:
@@ -198,18 +249,18 @@ def train(cfg, output_dir, rank, local_rank, world_size, tokenizer, train_set, v
 
     limit = validation_set.lengths[: cfg.validation.max_examples]
     validation_rows = packing.pack(np.arange(len(limit)), limit, world_size, max_tokens)[rank]
-    latest = {}  # the newest validation's figures, kept with each checkpoint
 
     def validate(step: int):
         model.eval()
         total = torch.zeros((), dtype=torch.float64, device=device)
         with torch.no_grad(), modelling.precision(cfg, strategy, device):
-            for row in validation_rows:
+            for i, row in enumerate(validation_rows):
+                watchdog.at(f"step {step}, validation row {i + 1} of {len(validation_rows)}")
                 total += modelling.loss_sum(parallel_model, data.collate(validation_set, row, device))
         model.train()
         tokens = int(validation_set.supervised[: len(limit)].sum())
         loss = float(all_sum(total)) / tokens
-        latest["val/loss"] = loss
+        watchdog.at(f"step {step}, answering")
         figures = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700)), "val/supervised_tokens": tokens}
         if cfg.validation.exact_match and step in (0, steps):
             figures["val/exact_match"] = exact_match(cfg, model, tokenizer, validation_set, stop_ids, world_size, rank)
@@ -217,29 +268,22 @@ def train(cfg, output_dir, rank, local_rank, world_size, tokenizer, train_set, v
             tracker.log(step, figures)
         if cfg.validation.samples:
             samples(cfg, model, tokenizer, validation_set, stop_ids, tracker, step)
+        return {"val/loss": loss}
 
-    def write_model(folder: Path):
-        state_dict = modelling.full_state_dict(model)
-        if rank == 0:
-            modelling.export(model, state_dict, tokenizer, modelling.compute_dtype(cfg), stop_ids, folder)
+    def wait_for_writer():
+        while not writer.done(0.2):
+            watchdog.alive()  # it may be a slow disk
 
-    def save(step: int):
-        checkpoint.save(output_dir, step, model, optimizer, write_model, latest, rank, barrier)
-        if rank == 0:
-            checkpoint.rotate(output_dir, cfg.checkpoint.keep)
-            set_status(output_dir, "running", step)
-
-    asked = []  # names of signals that ask this rank to stop
-    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
-        signal.signal(getattr(signal, name), lambda number, _: stop_or_end(asked, signal.Signals(number).name))
-    began = time.monotonic()
+    watchdog.watching = True
     if not start and cfg.validation.at_start and cfg.validation.every:
         validate(0)
 
     model.train()
-    step = start
+    watchdog.may_stop_at_once = False
+    slowest = 0.0  # seconds of a step with all that follows it
     for step in range(start + 1, steps + 1):
         clock = time.perf_counter()
+        writer.done()  # raises where the disk is full
         # Which conversations, and in which rows: the same plan on every rank, from (seed, step) alone
         chosen = packing.step_examples(len(train_set), step, cfg.seed, batch_size)
         rows = packing.pack(chosen, train_set.lengths, world_size, max_tokens)[rank]
@@ -247,10 +291,13 @@ def train(cfg, output_dir, rank, local_rank, world_size, tokenizer, train_set, v
         tokens = int(train_set.lengths[chosen].sum())
         torch.manual_seed((cfg.seed * 1_000_003 + step) * 65_537 + rank)  # dropout: from (seed, step, rank)
 
-        losses = forward_backward(cfg, parallel_model, strategy, train_set, rows, supervised, world_size, device)
+        losses = forward_backward(
+            cfg, parallel_model, strategy, train_set, rows, supervised, world_size, device, watchdog
+        )
         grad_norm = clip(model, cfg.train.clip_grad_norm)
 
-        reason = asked[0] if asked else stop_reason(cfg, output_dir, began)
+        watchdog.at(f"step {step}, summing up")
+        reason = watchdog.asked[0] if watchdog.asked else stop_reason(cfg, output_dir, began, slowest)
         total, stops = all_sum(torch.stack([losses.sum(), losses.new_tensor(float(reason is not None))])).tolist()
         step_loss = total / supervised
         if not (math.isfinite(step_loss) and math.isfinite(grad_norm)):
@@ -259,6 +306,7 @@ def train(cfg, output_dir, rank, local_rank, world_size, tokenizer, train_set, v
             group["lr"] = modelling.learning_rate(cfg.train, step, steps)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        watchdog.step = step
 
         if tracker:
             tracker.log(
@@ -272,27 +320,43 @@ def train(cfg, output_dir, rank, local_rank, world_size, tokenizer, train_set, v
                     "train/tokens_per_second": tokens / (time.perf_counter() - clock),
                 },
             )
+        figures = {"data": train_set.digest}
         if cfg.validation.every and (step % cfg.validation.every == 0 or step == steps):
-            validate(step)
+            figures |= validate(step)
         if stops or step == steps or (cfg.checkpoint.every and step % cfg.checkpoint.every == 0):
-            save(step)
+            watchdog.at(f"step {step}, waiting for the checkpoint before to be written")
+            wait_for_writer()
+            watchdog.at(f"step {step}, saving")
+            if tracker:
+                tracker.flush()
+                checkpoint.write_status(output_dir, "running", step)
+            writer.save(step, model, optimizer, figures)
+        slowest = max(slowest, time.perf_counter() - clock)
         if stops and step < steps:
-            if rank == 0:
-                reason = reason or "another rank was asked to stop"
-                set_status(output_dir, "stopped", step, reason)
-                tracker.say(f"stopped after step {step} ({reason}); the same command goes on from there")
-                tracker.close()
-                (output_dir / "STOP").unlink(missing_ok=True)
-            return
+            break
 
-    finish(cfg, output_dir, rank, write_model, tracker, steps)
+    watchdog.at(f"step {watchdog.step}, waiting for the last checkpoint to be written")
+    wait_for_writer()
+    if rank == 0 and watchdog.step < steps:
+        reason = reason or "another rank was asked to stop"
+        checkpoint.write_status(output_dir, "stopped", step, reason)
+        tracker.say(f"stopped after step {step} ({reason}); the same command goes on from there")
+        (output_dir / "STOP").unlink(missing_ok=True)
+    elif rank == 0:
+        checkpoint.put_model(output_dir)
+        tracker.say(f"finished: {output_dir / 'model'} holds the model (reloaded, equal to the trained weights)")
+        checkpoint.write_status(output_dir, "finished", steps)
+    if tracker:
+        tracker.close()
+    barrier()
 
 
-def forward_backward(cfg, parallel_model, strategy, examples, rows, supervised: int, world_size: int, device):
+def forward_backward(cfg, parallel_model, strategy, examples, rows, supervised: int, world_size: int, device, watchdog):
     """Add the gradients of a step's loss, `supervised` tokens over all ranks, from this rank's rows. Returns the summed
     token losses of each row, float64 (rows,)."""
     losses = []
     for i, row in enumerate(rows):
+        watchdog.at(f"step {(watchdog.step or 0) + 1}, row {i + 1} of {len(rows)}")
         more = strategy == "ddp" and world_size > 1 and i < len(rows) - 1
         with parallel_model.no_sync() if more else contextlib.nullcontext():
             with modelling.precision(cfg, strategy, device):
@@ -331,33 +395,13 @@ def name_the_broken(step, loss, grad_norm, rows, losses, train_set, world_size):
     )
 
 
-def stop_or_end(asked: list[str], name: str):
-    if "SIGINT" in asked and name == "SIGINT":
-        os._exit(130)  # a second Ctrl-C
-    asked.append(name)
-
-
-def stop_reason(cfg, output_dir: Path, began: float) -> str | None:
+def stop_reason(cfg, output_dir: Path, began: float, slowest: float) -> str | None:
     if cfg.checkpoint.must_save_by:
         days, hours, minutes, seconds = map(int, cfg.checkpoint.must_save_by.split(":"))
-        if time.monotonic() - began >= ((days * 24 + hours) * 60 + minutes) * 60 + seconds:
+        # By then it is to be saved: there has to be time for another step, and for the saving
+        if time.monotonic() - began + 2 * slowest >= ((days * 24 + hours) * 60 + minutes) * 60 + seconds:
             return f"checkpoint.must_save_by = {cfg.checkpoint.must_save_by}"
     return f"{output_dir / 'STOP'}" if (output_dir / "STOP").exists() else None
-
-
-def finish(cfg, output_dir: Path, rank: int, write_model, tracker, steps: int):
-    unfinished = output_dir / "unfinished_model"
-    write_model(unfinished)
-    if rank == 0:
-        if (output_dir / "model").is_dir():
-            (output_dir / "model").rename(output_dir / "unfinished_old_model")
-        checkpoint.flush(unfinished)
-        unfinished.rename(output_dir / "model")
-        checkpoint.shutil.rmtree(output_dir / "unfinished_old_model", ignore_errors=True)
-        tracker.say(f"finished: {output_dir / 'model'} holds the model (reloaded, equal to the trained weights)")
-        tracker.close()
-        set_status(output_dir, "finished", steps)
-    barrier()
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------

@@ -99,7 +99,8 @@ modelling.AttentionInterface.register("sdpa_leaking", leaking)
 def test_a_saved_model_opens_with_equal_logits(tmp_path, tied):
     tokenizer = AutoTokenizer.from_pretrained("configs/quickstart")
     model = tiny_llama(tied)
-    modelling.export(model, modelling.full_state_dict(model), tokenizer, torch.float32, [3, 5], tmp_path / "model")
+    empty = modelling.skeleton(model.config, model.generation_config, torch.float32)
+    modelling.export(empty, dict(model.named_parameters()), tokenizer, [3, 5], tmp_path / "model")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="document_sdpa")
     ids = torch.arange(20)[None]
     assert torch.equal(reloaded(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
