@@ -174,8 +174,8 @@ def flush(folder: Path):
 
 
 def state_of(model, optimizer) -> dict:
-    """Weights, buffers and optimizer state by the parameter's name, as they are and not copied. The optimizer's state is
-    made where it has none yet, so that a checkpoint can be read into it."""
+    """Weights, buffers and optimizer state by the parameter's name, as they are and not copied. The optimizer's state
+    is made where it has none yet, so that a checkpoint can be read into it."""
     kept = model.state_dict().keys()
     weights = {name: p.detach() for name, p in model.named_parameters()}  # tied weights once
     weights |= {name: buffer for name, buffer in model.named_buffers() if name in kept}
@@ -244,8 +244,8 @@ class Writer:
             except OSError:
                 pass
             self.error = OSError(
-                f"the checkpoint of step {step} could not be written below {self.folder} (free there: {free}): {error}. "
-                "Earlier checkpoints are whole; make room, and the same command goes on from the newest"
+                f"the checkpoint of step {step} could not be written below {self.folder} (free there: {free}): "
+                f"{error}. Earlier checkpoints are whole; make room, and the same command goes on from the newest"
             )
 
     def write(self, step, state, figures, final: Path):

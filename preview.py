@@ -83,7 +83,8 @@ def preview(cfg, options, report: dict, samples: list):
         if finished:
             report["notes"].append(f"{cfg.output_dir} holds this run, finished: it would not start again")
         elif newest:
-            report["notes"].append(f"{cfg.output_dir} holds this run: it would go on from step {checkpoint.step_of(newest)}")
+            step = checkpoint.step_of(newest)
+            report["notes"].append(f"{cfg.output_dir} holds this run: it would go on from step {step}")
     with problem(report):
         check_surroundings(cfg, report["world_size"])
 

@@ -145,7 +145,7 @@ def take_output_dir(cfg, output_dir: Path):
 
 
 def check_data(folder: Path | None, train_set) -> int:
-    """The step of the checkpoint `folder`, 0 for None. Raises ValueError where it was trained on other conversations."""
+    """The step of a checkpoint, 0 for None. Raises ValueError where it was trained on other conversations."""
     if folder is None:
         return 0
     if json.loads((folder / "metrics.json").read_text(encoding="utf-8")).get("data") != train_set.digest:
@@ -201,7 +201,8 @@ def prepare(cfg, rank: int, local_rank: int):
 
 
 def train(
-    cfg, output_dir, rank, local_rank, world_size, tokenizer, train_set, validation_set, stop_ids, folder, watchdog, began
+    cfg, output_dir, rank, local_rank, world_size, tokenizer, train_set, validation_set, stop_ids, folder, watchdog,
+    began,
 ):  # fmt: skip
     """`folder`: the checkpoint to go on from, or None; `began`: when this process did, for `must_save_by`."""
     device = torch.device("cpu")

@@ -146,12 +146,10 @@ class Watchdog:
                     seen, seen_at = beat, now
                 last = now
                 if self.world_size > 1 and beat and now - seen_at > min(GONE_AFTER, self.hang_timeout):
-                    self.end(
-                        1,
-                        "failed",
-                        f"error: {describe(neighbour, beat)}: no sign of life for {now - seen_at:.0f} s; "
-                        "is it stopped, or its machine gone?",
-                    )
+                    silence = f"no sign of life for {now - seen_at:.0f} s; is it stopped, or its machine gone?"
+                    if beat["host"] == socket.gethostname():
+                        self.quietly(os.kill, beat["pid"], signal.SIGKILL)  # torchrun would wait for it
+                    self.end(1, "failed", f"error: {describe(neighbour, beat)}: {silence}")
                 if self.watching and now - self.since > self.hang_timeout:
                     self.name_the_hung(store)
             except (dist.DistError, RuntimeError, OSError):
