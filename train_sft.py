@@ -256,15 +256,17 @@ def train(
         total = torch.zeros((), dtype=torch.float64, device=device)
         with torch.no_grad(), modelling.precision(cfg, strategy, device):
             for i, row in enumerate(validation_rows):
-                watchdog.at(f"step {step}, validation row {i + 1} of {len(validation_rows)}")
+                watchdog.at(f"validation row {i + 1} of {len(validation_rows)}")
                 total += modelling.loss_sum(parallel_model, data.collate(validation_set, row, device))
         model.train()
         tokens = int(validation_set.supervised[: len(limit)].sum())
         loss = float(all_sum(total)) / tokens
-        watchdog.at(f"step {step}, answering")
+        watchdog.at("answering")
         figures = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700)), "val/supervised_tokens": tokens}
         if cfg.validation.exact_match and step in (0, steps):
-            figures["val/exact_match"] = exact_match(cfg, model, tokenizer, validation_set, stop_ids, world_size, rank)
+            figures["val/exact_match"] = exact_match(
+                cfg, model, tokenizer, validation_set, stop_ids, world_size, rank, watchdog.at
+            )
         if tracker:
             tracker.log(step, figures)
         if cfg.validation.samples:
@@ -293,11 +295,11 @@ def train(
         torch.manual_seed((cfg.seed * 1_000_003 + step) * 65_537 + rank)  # dropout: from (seed, step, rank)
 
         losses = forward_backward(
-            cfg, parallel_model, strategy, train_set, rows, supervised, world_size, device, watchdog
+            cfg, parallel_model, strategy, train_set, rows, supervised, world_size, device, watchdog.at
         )
         grad_norm = clip(model, cfg.train.clip_grad_norm)
 
-        watchdog.at(f"step {step}, summing up")
+        watchdog.at("summing up")
         reason = watchdog.asked[0] if watchdog.asked else stop_reason(cfg, output_dir, began, slowest)
         total, stops = all_sum(torch.stack([losses.sum(), losses.new_tensor(float(reason is not None))])).tolist()
         step_loss = total / supervised
@@ -325,9 +327,9 @@ def train(
         if cfg.validation.every and (step % cfg.validation.every == 0 or step == steps):
             figures |= validate(step)
         if stops or step == steps or (cfg.checkpoint.every and step % cfg.checkpoint.every == 0):
-            watchdog.at(f"step {step}, waiting for the checkpoint before to be written")
+            watchdog.at("waiting for the checkpoint before to be written")
             wait_for_writer()
-            watchdog.at(f"step {step}, saving")
+            watchdog.at("saving")
             if tracker:
                 tracker.flush()
                 checkpoint.write_status(output_dir, "running", step)
@@ -336,7 +338,7 @@ def train(
         if stops and step < steps:
             break
 
-    watchdog.at(f"step {watchdog.step}, waiting for the last checkpoint to be written")
+    watchdog.at("waiting for the last checkpoint to be written")
     wait_for_writer()
     if rank == 0 and watchdog.step < steps:
         reason = reason or "another rank was asked to stop"
@@ -352,12 +354,14 @@ def train(
     barrier()
 
 
-def forward_backward(cfg, parallel_model, strategy, examples, rows, supervised: int, world_size: int, device, watchdog):
+def forward_backward(
+    cfg, parallel_model, strategy, examples, rows, supervised: int, world_size: int, device, note_place=lambda place: None
+):
     """Add the gradients of a step's loss, `supervised` tokens over all ranks, from this rank's rows. Returns the summed
-    token losses of each row, float64 (rows,)."""
+    token losses of each row, float64 (rows,). `note_place` is told which row comes next."""
     losses = []
     for i, row in enumerate(rows):
-        watchdog.at(f"step {(watchdog.step or 0) + 1}, row {i + 1} of {len(rows)}")
+        note_place(f"row {i + 1} of {len(rows)}")
         more = strategy == "ddp" and world_size > 1 and i < len(rows) - 1
         with parallel_model.no_sync() if more else contextlib.nullcontext():
             with modelling.precision(cfg, strategy, device):
@@ -432,7 +436,7 @@ def samples(cfg, model, tokenizer, examples, stop_ids, tracker, step: int):
             tracker.text(step, f"samples/{n + 1}", text)
 
 
-def exact_match(cfg, model, tokenizer, examples, stop_ids, world_size: int, rank: int) -> float:
+def exact_match(cfg, model, tokenizer, examples, stop_ids, world_size: int, rank: int, note_place) -> float:
     """Share of the validation turns that the model answers, greedily, with the very text of the reference."""
     turns = [turn for i in range(min(cfg.validation.exact_match, len(examples))) for turn in turns_of(examples, i)]
     turns.sort(key=lambda turn: len(turn[0]))
@@ -440,6 +444,7 @@ def exact_match(cfg, model, tokenizer, examples, stop_ids, world_size: int, rank
     mine = turns if sharded else turns[rank::world_size]  # a sharded model runs on all ranks or none
     right = 0
     for at in range(0, len(mine), 64):
+        note_place(f"answer {at + 1} of {len(mine)}")
         batch = mine[at : at + 64]
         longest = min(256, max(len(reference) for _, reference in batch) + 4)
         answers = modelling.generate(model, tokenizer, [prompt for prompt, _ in batch], longest, stop_ids)

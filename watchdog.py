@@ -45,7 +45,7 @@ class Watchdog:
     # ---- what the main thread calls ----
 
     def at(self, place: str):
-        """Note where this rank is, as "step 12, row 3: forward": a hung rank is the one that got least far."""
+        """Note what this rank is about to do, as "row 3 of 8": a hung rank is the one that got least far."""
         self.count, self.place, self.since = self.count + 1, place, time.monotonic()
 
     def alive(self):
@@ -168,7 +168,7 @@ class Watchdog:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "count": self.count,
-            "place": self.place,
+            "place": self.place if self.step is None else f"{self.place} after {self.step} steps",
             "stalled": round(now - self.since, 1) if self.watching else 0,
             "line": " > ".join(dict.fromkeys(lines)),
         }
