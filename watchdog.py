@@ -34,11 +34,9 @@ class Watchdog:
         self.main_thread, self.parent = threading.get_ident(), os.getppid()
         self.store = None
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            prefix, attempt = os.environ["TORCHELASTIC_RUN_ID"], os.environ["TORCHELASTIC_RESTART_COUNT"]
-            self.prefix, self.final = f"sft/{prefix}/{attempt}/", f"sft/{prefix}/final"
+            run, attempt = os.environ["TORCHELASTIC_RUN_ID"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+            self.prefix = f"sft/{run}/{attempt}/"
             self.store = connect()
-            if self.store.check([self.final]):  # this try is torchrun's answer to an error that would come again
-                os._exit(1)
             threading.Thread(target=self.watch, daemon=True).start()
         self.hear_signals()
 
@@ -56,8 +54,6 @@ class Watchdog:
         """End the run on all ranks with this message, exit code 1; the first rank to call it is the one that speaks."""
         if self.store and CONSEQUENCE.search(f"{type(error).__name__} {error}"):
             message = self.cause() or message  # this rank lost another one: its reason comes first
-        elif self.store:
-            self.quietly(self.store.set, self.final, "1")
         self.end(1, "failed", message)
 
     def close(self):
