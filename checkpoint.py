@@ -11,6 +11,7 @@ import pickle
 import shutil
 import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -199,7 +200,7 @@ class Writer:
     def __init__(self, output_dir: Path, keep: int, asynchronous: bool, rank: int, skeleton, tokenizer, stop_ids):
         self.folder, self.keep, self.rank = output_dir / "checkpoints", keep, rank
         self.skeleton, self.tokenizer, self.stop_ids = skeleton, tokenizer, stop_ids
-        self.thread, self.error = None, None
+        self.thread, self.error, self.slowest = None, None, 0.0  # seconds that a checkpoint took to write
         self.stager = (
             DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False)) if asynchronous else None
         )
@@ -230,9 +231,10 @@ class Writer:
         return True
 
     def try_to_write(self, step, state, figures):
-        final = self.folder / f"step_{step:08d}"
+        final, began = self.folder / f"step_{step:08d}", time.monotonic()
         try:
             self.write(step, state, figures, final)
+            self.slowest = max(self.slowest, time.monotonic() - began)
         except (Exception, CheckpointException) as error:
             while isinstance(error, CheckpointException):
                 error = next(iter(error.failures.values()))[0]

@@ -63,7 +63,8 @@ def pack(indices, lengths, world_size: int, max_tokens: int) -> list[list[list[i
     """
     sizes = np.asarray(lengths[np.asarray(indices, dtype=np.int64)], dtype=np.int64)
     longest_first = np.argsort(-sizes, kind="stable")
-    rounds = max(1, math.ceil(int(sizes.sum()) / (max_tokens * world_size)))
+    # a conversation may be longer than max_tokens: never more rows than conversations
+    rounds = max(1, min(math.ceil(int(sizes.sum()) / (max_tokens * world_size)), math.ceil(len(sizes) / world_size)))
     while True:
         rows = [[] for _ in range(rounds * world_size)]
         emptiest = [(0, row) for row in range(len(rows))]

@@ -16,7 +16,9 @@ class Tracker:
         if self.path.exists():
             whole = [line for line in self.path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
             kept = [line for line in whole if start and json.loads(line)["step"] <= start]
-            self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            rewritten = self.path.with_name(".metrics.jsonl.tmp")
+            rewritten.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            os.replace(rewritten, self.path)  # killed here, the figures so far are still there
         self.file = open(self.path, "a", encoding="utf-8", buffering=1)
         self.tensorboard = self.wandb = None
         if config.tensorboard.enabled:

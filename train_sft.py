@@ -11,6 +11,7 @@ import fcntl
 import json
 import math
 import os
+import socket
 import sys
 import time
 import traceback
@@ -56,8 +57,7 @@ def main():
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             # Who waits for whom, and for how long, is the watchdog's business: it names the rank
             dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
-        lock = take_output_dir(cfg, output_dir) if rank == 0 else None
-        barrier()
+        lock = take_output_dir(cfg, output_dir, rank)
         folder, _ = checkpoint.where_to_start(configuration.to_dict(cfg))  # nobody else writes there any more
         start = check_data(folder, train_set)
         barrier()
@@ -105,9 +105,7 @@ def launch(cfg) -> tuple[int, int, int]:
         if (nodes or 1) > 1:
             configuration_error(f"cluster.num_nodes = {nodes} needs torchrun on each machine; see slurm/ or the README")
         if (processes or 1) > 1:
-            command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-            command += ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", "--shutdown-timeout", "300"]
-            os.execv(sys.executable, [sys.executable, *command, *sys.argv])
+            raise SystemExit(start_processes(processes, Path(cfg.output_dir)))
         return 0, 0, 1
     rank, local_rank, world_size, local_world_size = (
         int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
@@ -123,12 +121,50 @@ def launch(cfg) -> tuple[int, int, int]:
     return rank, local_rank, world_size
 
 
-def take_output_dir(cfg, output_dir: Path):
-    """Make the folder and lock it: two runs that write into one folder would harm each other. The lock lasts as long as
-    the file is open, and ends with the process, however that ends."""
+def start_processes(processes: int, output_dir: Path) -> int:
+    """What `torchrun --nproc_per_node` does, in this process. Returns the exit code: 0 where the run was asked to stop
+    and has saved, which torchrun itself ends with 1 and a traceback."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    flags = ["--standalone", "--nproc_per_node", str(processes), "--shutdown-timeout", "300"]
+    try:
+        run.run(run.parse_args([*flags, "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", *sys.argv]))
+    except SignalException:
+        status = output_dir / "status.json"
+        stopped = status.is_file() and json.loads(status.read_text(encoding="utf-8"))["state"] == "stopped"
+        return 0 if stopped else 1
+    except ChildFailedError:  # it has said why
+        return 1
+    return 0
+
+
+def take_output_dir(cfg, output_dir: Path, rank: int):
+    """Rank 0 makes the folder and locks it; the others check that they see the same one. Returns the lock."""
+    lock = lock_output_dir(cfg, output_dir) if rank == 0 else None
+    mark = [f"{socket.gethostname()} {os.getpid()} {time.time()}"]
+    if lock:
+        lock.truncate(0)
+        lock.write(mark[0])
+        lock.flush()
+    if dist.is_initialized():
+        dist.broadcast_object_list(mark)
+        if not (output_dir / ".lock").is_file() or (output_dir / ".lock").read_text(encoding="utf-8") != mark[0]:
+            raise ValueError(
+                f"output_dir = {cfg.output_dir!r} on {socket.gethostname()} is not the folder that the first machine "
+                "writes; name one on storage that all machines share"
+            )
+        dist.barrier()
+    return lock
+
+
+def lock_output_dir(cfg, output_dir: Path):
+    """Two runs that write into one folder would harm each other. The lock lasts as long as the file is open, and ends
+    with the process, however that ends."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(output_dir / ".lock", "w")
+        lock = open(output_dir / ".lock", "a", encoding="utf-8")
     except OSError as error:
         raise ValueError(f"output_dir = {cfg.output_dir!r} cannot be written: {error.strerror}; name another") from None
     for second in range(60):
@@ -300,7 +336,9 @@ def train(
         grad_norm = clip(model, cfg.train.clip_grad_norm)
 
         watchdog.at("summing up")
-        reason = watchdog.asked[0] if watchdog.asked else stop_reason(cfg, output_dir, began, slowest)
+        reason = (
+            watchdog.asked[0] if watchdog.asked else stop_reason(cfg, output_dir, began, 2 * slowest + writer.slowest)
+        )
         total, stops = all_sum(torch.stack([losses.sum(), losses.new_tensor(float(reason is not None))])).tolist()
         step_loss = total / supervised
         if not (math.isfinite(step_loss) and math.isfinite(grad_norm)):
@@ -355,7 +393,15 @@ def train(
 
 
 def forward_backward(
-    cfg, parallel_model, strategy, examples, rows, supervised: int, world_size: int, device, note_place=lambda place: None
+    cfg,
+    parallel_model,
+    strategy,
+    examples,
+    rows,
+    supervised: int,
+    world_size: int,
+    device,
+    note_place=lambda place: None,
 ):
     """Add the gradients of a step's loss, `supervised` tokens over all ranks, from this rank's rows. Returns the summed
     token losses of each row, float64 (rows,). `note_place` is told which row comes next."""
@@ -400,11 +446,11 @@ def name_the_broken(step, loss, grad_norm, rows, losses, train_set, world_size):
     )
 
 
-def stop_reason(cfg, output_dir: Path, began: float, slowest: float) -> str | None:
+def stop_reason(cfg, output_dir: Path, began: float, needed: float) -> str | None:
+    """Why the run is to stop after this step; `needed`: seconds that another step and the saving take."""
     if cfg.checkpoint.must_save_by:
         days, hours, minutes, seconds = map(int, cfg.checkpoint.must_save_by.split(":"))
-        # By then it is to be saved: there has to be time for another step, and for the saving
-        if time.monotonic() - began + 2 * slowest >= ((days * 24 + hours) * 60 + minutes) * 60 + seconds:
+        if time.monotonic() - began + needed >= ((days * 24 + hours) * 60 + minutes) * 60 + seconds:
             return f"checkpoint.must_save_by = {cfg.checkpoint.must_save_by}"
     return f"{output_dir / 'STOP'}" if (output_dir / "STOP").exists() else None
 

@@ -18,6 +18,7 @@ import checkpoint
 
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
 GONE_AFTER = 60  # seconds without a sign of life from a process: stopped, swapped out, or its machine is dead
+GONE = "ended without a word, as a killed process does (was the memory enough?)"
 CONSEQUENCE = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket|store", re.IGNORECASE)
 
 
@@ -37,6 +38,7 @@ class Watchdog:
             run, attempt = os.environ["TORCHELASTIC_RUN_ID"], os.environ["TORCHELASTIC_RESTART_COUNT"]
             self.prefix = f"sft/{run}/{attempt}/"
             self.store = connect()
+            self.store.set(f"{self.prefix}beat/{rank}", json.dumps(self.beat(self.since)))
             threading.Thread(target=self.watch, daemon=True).start()
         self.hear_signals()
 
@@ -94,7 +96,7 @@ class Watchdog:
         if not silent:
             return None
         names = "; ".join(describe(rank, before[rank]) for rank in silent if rank != self.rank)
-        return f"error: {names}: ended without a word, as a killed process does (was the memory enough?)"
+        return f"error: {names}: {GONE}"
 
     # ---- threads ----
 
@@ -113,8 +115,9 @@ class Watchdog:
         while True:
             for number in os.read(pipe, 64):
                 name = signal.Signals(number).name
-                if name == "SIGINT" and interrupted and time.monotonic() - interrupted > 1:
-                    os._exit(130)  # (one Ctrl-C comes twice under torchrun: from the terminal and from torchrun)
+                # A second Ctrl-C, which torchrun passes on as SIGTERM (the first may come twice, from the terminal too)
+                if name in ("SIGINT", "SIGTERM") and interrupted and time.monotonic() - interrupted > 1:
+                    os._exit(130)
                 if name == "SIGINT":
                     interrupted = interrupted or time.monotonic()
                 if name in SIGNALS:
@@ -141,10 +144,13 @@ class Watchdog:
                 if beat != seen or now - last > 10:  # (this process slept itself)
                     seen, seen_at = beat, now
                 last = now
+                ours = beat and beat["node"] == os.environ["GROUP_RANK"]  # started by the same torchrun
+                if ours and not is_running(beat["pid"]):
+                    self.end(1, "failed", f"error: {describe(neighbour, beat)}: {GONE}")
                 if self.world_size > 1 and beat and now - seen_at > min(GONE_AFTER, self.hang_timeout):
-                    silence = f"no sign of life for {now - seen_at:.0f} s; is it stopped, or its machine gone?"
-                    if beat["host"] == socket.gethostname():
+                    if ours:
                         self.quietly(os.kill, beat["pid"], signal.SIGKILL)  # torchrun would wait for it
+                    silence = f"no sign of life for {now - seen_at:.0f} s; is it stopped, or its machine gone?"
                     self.end(1, "failed", f"error: {describe(neighbour, beat)}: {silence}")
                 if self.watching and now - self.since > self.hang_timeout:
                     self.name_the_hung(store)
@@ -162,6 +168,7 @@ class Watchdog:
         return {
             "at": now,
             "host": socket.gethostname(),
+            "node": os.environ["GROUP_RANK"],
             "pid": os.getpid(),
             "count": self.count,
             "place": self.place if self.step is None else f"{self.place} after {self.step} steps",
@@ -192,6 +199,14 @@ def connect() -> dist.TCPStore:
     """torchrun's own store. One connection per thread: a get that waits keeps its connection."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return dist.TCPStore(address, port, is_master=False, timeout=datetime.timedelta(days=7))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def describe(rank: int, beat: dict) -> str:

@@ -209,6 +209,22 @@ def test_keys_that_change_batches_or_model_may_not_differ_and_others_may():
         assert len(differing(override)) == 1 and override.partition("=")[0] in differing(override)[0]
 
 
+def test_what_is_no_run_or_another_run_is_never_overwritten(tmp_path):
+    def start(*overrides):
+        return checkpoint.where_to_start(config.to_dict(config.load(None, [f"output_dir={tmp_path}", *overrides])))
+
+    assert start() == (None, False)
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not empty and holds no run; name another folder"):
+        start()
+    (tmp_path / "config.yaml").write_text(config.dump(CFG))
+    assert start("train.max_steps=7") == (None, False)
+    with pytest.raises(ValueError, match=r"seed \(42 there, 1 now\)"):
+        start("seed=1")
+    with pytest.raises(ValueError, match="holds a run already, and checkpoint.resume is never"):
+        start("checkpoint.resume=never")
+
+
 def test_a_status_is_replaced_in_one_piece(tmp_path):
     checkpoint.write_status(tmp_path, "running", 3)
     assert json.loads((tmp_path / "status.json").read_text()) == {"state": "running", "step": 3, "reason": None}

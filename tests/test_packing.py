@@ -38,3 +38,9 @@ def test_rows_are_filled_evenly():
     tokens = [sum(int(lengths[row].sum()) for row in rank) for rank in rows]
     assert max(tokens) / min(tokens) < 1.01
     assert sum(tokens) / (8192 * sum(len(rank) for rank in rows)) > 0.95
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 7])
+def test_there_are_never_more_rows_than_conversations_need(world_size):
+    rows = packing.pack(np.arange(101), LENGTHS, world_size, 1)
+    assert len(rows[0]) == -(-101 // world_size)

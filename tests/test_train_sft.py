@@ -2,31 +2,21 @@
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
+import shutil
+import signal
+import time
+from random import Random
 
 import pytest
 import torch
+from running import ROOT, assert_same_run, metrics, run, start_in_fork, state, wait_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-ROOT = Path(__file__).parent.parent
+import checkpoint
+
 FEW = ["train.max_steps=4", "validation.every=2", "validation.exact_match=0", "validation.samples=1",
-       "checkpoint.every=2", "train.max_epochs=9", "data.dataset=configs/quickstart/capitals.py:Capitals"]  # fmt: skip
-
-
-def run(tmp_path, *arguments, processes=1, expect=0):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = (command if processes > 1 else [sys.executable]) + ["train_sft.py", *arguments]
-    environment = {**os.environ, "HF_HOME": str(tmp_path.parent / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == expect, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def metrics(output_dir, name="train/loss"):
-    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line[name] for line in lines if name in line}
+       "checkpoint.every=2", "train.max_epochs=9", "train.global_batch_size=16",
+       "validation.max_examples=32", "data.dataset=configs/quickstart/capitals.py:Capitals"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -72,20 +62,6 @@ def test_a_finished_run_is_left_as_it_is_and_another_is_not_overwritten(tmp_path
     assert "train.learning_rate" in said and "Traceback" not in said
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights_and_shows_each_step_once(tmp_path, single):
-    out = tmp_path / "out"
-    out_args = ["configs/quickstart.yaml", f"output_dir={out}", *FEW]
-    run(out, *out_args, "checkpoint.must_save_by=00:00:00:00")
-    assert json.loads((out / "status.json").read_text())["state"] == "stopped"
-    run(out, *out_args)
-    assert metrics(out) == metrics(single)
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    steps = [line["step"] for line in lines if "train/loss" in line]
-    assert steps == [1, 2, 3, 4]
-    a, b = (AutoModelForCausalLM.from_pretrained(folder / "model").state_dict() for folder in (out, single))
-    assert all(torch.equal(a[name], b[name]) for name in b)
-
-
 @pytest.mark.parametrize(
     "arguments, code, said",
     [
@@ -109,3 +85,70 @@ def test_the_class_in_the_readme_trains(tmp_path):
     run(tmp_path, "configs/quickstart.yaml", *FEW, f"data.dataset={tmp_path / 'my_data.py'}:Sums",
         "data.args.largest=9", f"output_dir={tmp_path / 'out'}")  # fmt: skip
     assert len(metrics(tmp_path / "out")) == 4
+
+
+# ---- nothing is lost -------------------------------------------------------------------------------------------------
+
+
+def test_stopped_at_every_step_of_two_epochs_it_ends_with_the_same_weights(tmp_path, two_epochs):
+    arguments, undisturbed = two_epochs
+    out = tmp_path / "out"
+    for step in range(1, 6):
+        if step == 3:
+            assert wait_for(start_in_fork([*arguments, "checkpoint.must_save_by=00:00:00:00"], out)) == 0
+        else:
+            assert wait_for(start_in_fork(arguments, out, fault="0:1:STOP")) == 0
+        reason = "checkpoint.must_save_by = 00:00:00:00" if step == 3 else str(out / "STOP")
+        assert state(out) == {"state": "stopped", "step": step, "reason": reason}
+        assert not (out / "STOP").exists()
+    assert wait_for(start_in_fork(arguments, out)) == 0
+    assert state(out)["state"] == "finished"
+    assert_same_run(out, undisturbed)
+
+
+def test_killed_at_random_moments_and_changes_of_files_it_ends_with_the_same_weights(tmp_path, two_epochs):
+    arguments, undisturbed = two_epochs
+    random, kills, out = Random(0), 0, tmp_path / "out0"
+    while kills < 20 or (out / "status.json").exists():
+        by_time = random.random() < 0.5
+        pid = start_in_fork(arguments, out, kill_at_event=None if by_time else random.randrange(1, 150))
+        if by_time:
+            time.sleep(random.uniform(0.2, 1.6))
+            os.kill(pid, signal.SIGKILL)
+        code = wait_for(pid)
+        assert code in (0, -signal.SIGKILL), out.with_suffix(".log").read_text()[-2000:]
+        kills += code != 0
+        folders = checkpoint.find(out)
+        assert [checkpoint.damage(folder) for folder in folders] == [None] * len(folders)
+        if (out / "status.json").exists() and state(out)["state"] == "finished":
+            assert_same_run(out, undisturbed)
+            out = out.with_name(f"out{kills}")
+
+
+def test_a_run_goes_on_with_other_numbers_of_processes_and_sharded_or_not_to_equal_losses(tmp_path, two_epochs):
+    arguments, undisturbed = two_epochs
+    out = tmp_path / "out"
+    arguments = [*arguments, f"output_dir={out}"]
+    run(out, *arguments, processes=2, fault="1:2:SIGUSR1")
+    run(out, *arguments, processes=1, fault="0:1:STOP")
+    run(out, *arguments, "parallel.strategy=fsdp", processes=4, fault="3:1:SIGTERM")
+    run(out, *arguments, "parallel.strategy=fsdp", "parallel.replicas=2", processes=4, fault="0:1:STOP")
+    run(out, *arguments, "train.max_tokens_per_micro_batch=100", processes=2)
+    for name in ("train/loss", "train/grad_norm", "val/loss"):
+        assert metrics(out, name) == pytest.approx(metrics(undisturbed, name), rel=1e-5)
+
+
+def test_other_conversations_than_the_checkpoint_was_trained_on_are_refused(tmp_path, two_epochs):
+    arguments, out, chats = two_epochs[0], tmp_path / "out", tmp_path / "chats.jsonl"
+    path = arguments[1].removeprefix("data.dataset=")
+    shutil.copy(path, chats)
+    arguments = [*arguments, f"data.dataset={chats}"]
+    assert wait_for(start_in_fork(arguments, out, fault="0:2:STOP")) == 0
+    chats.write_text(chats.read_text().replace("Say", "Sing"))
+    assert wait_for(start_in_fork(arguments, out)) == 1
+    said = out.with_suffix(".log").read_text().splitlines()[-1]
+    assert said.startswith("error: ") and "was trained on other conversations" in said
+    assert [checkpoint.step_of(folder) for folder in checkpoint.find(out)] == [1, 2]
+    chats.write_text(chats.read_text().replace("Sing", "Say"))
+    assert wait_for(start_in_fork(arguments, out)) == 0
+    assert_same_run(out, two_epochs[1])

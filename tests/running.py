@@ -1,0 +1,89 @@
+"""The script as a user runs it, in a subprocess or a fork, and what a run left behind."""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(tmp_path, *arguments, processes=1, expect=0, fault=None):
+    """Its output. Runs from the repository's folder, one thread a process; `fault`: see train_with_fault.py."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = command if processes > 1 else [sys.executable]
+    command += ["tests/train_with_fault.py" if fault else "train_sft.py", *arguments]
+    environment = {**os.environ, "HF_HOME": str(tmp_path.parent / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment["FAULT"] = fault or "-1:0:"
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def metrics(output_dir, name="train/loss"):
+    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+def start_in_fork(arguments, output_dir: Path, fault=None, kill_at_event=None) -> int:
+    """The script in a fork of this process, which has everything loaded: takes a second. Returns its pid.
+    `kill_at_event`: -9 at the n-th change of a file in `output_dir`."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        log = os.open(output_dir.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1), os.dup2(log, 2)
+        sys.stdout = sys.stderr = open(1, "w", closefd=False)
+        torch.set_num_threads(1)
+        os.chdir(ROOT)
+        os.environ["FAULT"] = fault or "-1:0:"
+        huggingface_hub.constants.HF_HOME = str(output_dir.parent / "hf")
+        sys.argv = ["train_sft.py", *arguments, f"output_dir={output_dir}"]
+        if kill_at_event:
+            sys.addaudithook(killer(kill_at_event, str(output_dir)))
+        runpy.run_path(str(ROOT / "tests/train_with_fault.py"), run_name="__main__")
+    finally:
+        os._exit(3)
+
+
+def killer(left: int, folder: str):
+    def hook(event, arguments):
+        nonlocal left
+        if event in ("open", "os.rename", "os.mkdir", "os.remove") and str(arguments[0]).startswith(folder):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return hook
+
+
+def wait_for(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def state(output_dir):
+    return json.loads((output_dir / "status.json").read_text())
+
+
+def assert_same_run(output_dir, other):
+    """Equal weights to the last bit, equal figures, each step there once."""
+    a, b = (AutoModelForCausalLM.from_pretrained(folder / "model").state_dict() for folder in (output_dir, other))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in b)
+    for name in ("train/loss", "train/grad_norm", "train/learning_rate", "val/loss"):
+        assert metrics(output_dir, name) == metrics(other, name)
+    steps = [json.loads(line)["step"] for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [json.loads(line)["step"] for line in (other / "metrics.jsonl").read_text().splitlines()]
+    events = EventAccumulator(str(output_dir / "tensorboard"), purge_orphaned_data=True).Reload()
+    shown = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert len(events.Scalars("train/loss")) == len(shown)
+    assert shown == pytest.approx(metrics(other), rel=1e-6)
