@@ -4,6 +4,7 @@ python checkpoint.py results/squad             # what is there, which is best, a
 python checkpoint.py FOLDER/step_00000010 DIR  # makes a model folder of its state/
 """
 
+import contextlib
 import datetime
 import json
 import os
@@ -21,6 +22,7 @@ import torch.distributed.checkpoint as dcp
 import yaml
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 import model as modelling
@@ -212,6 +214,10 @@ class Writer:
     def save(self, step: int, model, optimizer, figures: dict):
         """Every rank calls it. The checkpoint before has to be `done`."""
         state = state_of(model, optimizer)
+        if dist.is_initialized() and not any(isinstance(p, DTensor) for p in model.parameters()):
+            # Every rank has all of it: each copies and writes its share
+            share = slice(self.rank, None, dist.get_world_size())
+            state = {kind: dict([*part.items()][share]) for kind, part in state.items()}
         if self.stager:
             state = self.stager.stage(state)
             self.thread = threading.Thread(target=self.try_to_write, args=(step, state, figures), daemon=True)
@@ -231,6 +237,11 @@ class Writer:
         return True
 
     def try_to_write(self, step, state, figures):
+        if self.stager and hasattr(
+            os, "setpriority"
+        ):  # on Linux, of this thread: it works when training leaves it room
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         final, began = self.folder / f"step_{step:08d}", time.monotonic()
         try:
             self.write(step, state, figures, final)
@@ -312,10 +323,11 @@ def read(state: Path, into: dict, no_dist: bool):
 
 def export(state: Path, skeleton, tokenizer, stop_ids: list[int], folder: Path):
     """A model folder from a checkpoint's `state/`, in the skeleton's dtype, compared with the state after writing."""
+    kept = read_metadata(state).state_dict_metadata
     weights = {
         name: torch.empty(p.shape, dtype=p.dtype)  # read straight into the exported dtype
         for name, p in [*skeleton.named_parameters(), *skeleton.named_buffers()]
-        if f"model.{name}" in read_metadata(state).state_dict_metadata
+        if f"model.{name}" in kept
     }
     read(state, {"model": weights}, no_dist=True)
     modelling.export(skeleton, weights, tokenizer, stop_ids, folder)
