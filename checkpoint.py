@@ -6,6 +6,7 @@ python checkpoint.py FOLDER/step_00000010 DIR  # makes a model folder of its sta
 
 import contextlib
 import datetime
+import itertools
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 import warnings
+import zlib
 from pathlib import Path
 
 import torch
@@ -55,30 +57,62 @@ def newest_whole(output_dir: Path) -> Path | None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is missing in a checkpoint, from its lists of contents and the sizes of its files; None: nothing is."""
+    """What is missing in a checkpoint: the sizes of its files, and all that the small ones hold; None: nothing is."""
     try:
-        json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        sizes = {}
-        for place in read_metadata(folder / "state").storage_data.values():
-            sizes[place.relative_path] = max(sizes.get(place.relative_path, 0), place.offset + place.length)
-        for name, size in sizes.items():
-            there = (folder / "state" / name).stat().st_size
-            if there < size:
-                return f"state/{name} has {there:,} bytes of {size:,}"
-        for name in modelling.weight_files(folder / "model"):
-            modelling.check_size(folder / "model" / name)
-    except (OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        return f"{error}"
+        for name, (size, checksum) in json.loads((folder / "metrics.json").read_text(encoding="utf-8"))[
+            "files"
+        ].items():
+            there = (folder / name).stat().st_size
+            if there != size:
+                return f"{name} has {there:,} bytes of {size:,}"
+            if size < 2**20 and crc32(folder / name) != checksum:
+                return f"{name} has changed since it was written"
+    except Exception as error:  # whatever a damaged file brings about
+        return f"{type(error).__name__}: {error}"
     return None
+
+
+def changed(folder: Path) -> str | None:
+    """As `damage`, but it reads everything."""
+    if problem := damage(folder):
+        return problem
+    files = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["files"]
+    for name, (_, checksum) in files.items():
+        if crc32(folder / name) != checksum:
+            return f"{name} has changed since it was written"
+    return None
+
+
+def crc32(path: Path) -> int:
+    checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def checksums(folder: Path, names: list[str]) -> dict[str, tuple[int, int]]:
+    """(bytes, CRC-32) of each of these files of a folder."""
+    return {name: ((folder / name).stat().st_size, crc32(folder / name)) for name in names}
 
 
 class MetadataReader(pickle.Unpickler):
     """torch.distributed.checkpoint keeps its list of contents as a pickle: nothing but such lists is read here."""
 
+    ALLOWED = {
+        "torch.distributed.checkpoint.metadata": (
+            "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
+            "_MEM_FORMAT_ENCODING", "MetadataIndex", "StorageMeta",
+        ),
+        "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
+        "torch.serialization": ("_get_layout",),
+        "torch": ("Size", "device"),
+        "collections": ("OrderedDict",),
+        "pathlib": ("PosixPath",),
+    }  # fmt: skip
+
     def find_class(self, module, name):
-        listed = module.startswith(("torch.distributed.checkpoint.", "torch.distributed.tensor."))
-        if listed or (module, name) in {("torch", "Size"), ("torch", "device"), ("collections", "OrderedDict"),
-                                        ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath")}:  # fmt: skip
+        if name in self.ALLOWED.get(module, ()):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), (torch.dtype, torch.layout)):
             return getattr(torch, name)
@@ -97,7 +131,8 @@ def where_to_start(config: dict) -> tuple[Path | None, bool]:
     """
     name = config["output_dir"]
     output_dir = Path(name)
-    if not output_dir.exists() or not any(path.name != ".lock" for path in output_dir.iterdir()):
+    ours = (".lock", "STOP")  # what may be there before a run is; and what was being written when it was killed
+    if not output_dir.exists() or all(p.name in ours or p.name.endswith(".tmp") for p in output_dir.iterdir()):
         return None, False
     if not (output_dir / "config.yaml").is_file():
         raise ValueError(f"output_dir = {name!r} is not empty and holds no run; name another folder")
@@ -110,10 +145,16 @@ def where_to_start(config: dict) -> tuple[Path | None, bool]:
             f"output_dir = {name!r} holds a run with another configuration: {'; '.join(differing)}; "
             "name another output_dir, or set the keys as they were"
         )
-    status = output_dir / "status.json"
-    state = json.loads(status.read_text(encoding="utf-8")) if status.is_file() else {}
     same_length = all(old["train"][key] == config["train"][key] for key in ("max_steps", "max_epochs"))
-    return newest_whole(output_dir), state.get("state") == "finished" and same_length
+    return newest_whole(output_dir), read_state(output_dir) == "finished" and same_length
+
+
+def read_state(output_dir: Path) -> str | None:
+    """Of status.json: running, stopped, finished or failed; None where there is none."""
+    try:
+        return json.loads((output_dir / "status.json").read_text(encoding="utf-8"))["state"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def differing_keys(old: dict, new: dict, prefix="") -> list[str]:
@@ -135,12 +176,13 @@ def clear_leftovers(output_dir: Path) -> list[str]:
     """Delete what was never finished, and move aside what was damaged since. Returns what there is to say."""
     for leftover in [*(output_dir / "checkpoints").glob("unfinished_*"), *output_dir.glob("unfinished_*")]:
         shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in output_dir.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
     said = []
     for folder in find(output_dir):
         if reason := damage(folder):
-            aside = folder.with_name(f"damaged_{folder.name}")
-            if aside.exists():
-                shutil.rmtree(aside, ignore_errors=True)
+            names = (folder.with_name(f"damaged_{folder.name}{'_again' * n}") for n in itertools.count())
+            aside = next(name for name in names if not name.exists())
             os.rename(folder, aside)
             said.append(f"{folder} was damaged after it was written ({reason}): now {aside.name}")
     return said
@@ -157,9 +199,9 @@ def write_atomically(path: Path, text: str):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise
+        raise OSError(f"{path} cannot be written: {error.strerror}; what was there is as it was") from error
 
 
 def write_status(output_dir: Path, state: str, step: int | None, reason: str | None = None):
@@ -169,11 +211,23 @@ def write_status(output_dir: Path, state: str, step: int | None, reason: str | N
 def flush(folder: Path):
     """Everything below the folder on the disk, folders too."""
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        flush_one(path)
+
+
+def flush_one(path: Path):
+    """A file, or a folder's list of names, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def reason_of(error: BaseException) -> BaseException:
+    """What lies behind an error of torch.distributed.checkpoint."""
+    while isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return error
 
 
 def state_of(model, optimizer) -> dict:
@@ -237,28 +291,23 @@ class Writer:
         return True
 
     def try_to_write(self, step, state, figures):
-        if self.stager and hasattr(
-            os, "setpriority"
-        ):  # on Linux, of this thread: it works when training leaves it room
-            with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        if self.stager and sys.platform == "linux":
+            # of this thread alone: it works where training leaves it room
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         final, began = self.folder / f"step_{step:08d}", time.monotonic()
         try:
             self.write(step, state, figures, final)
             self.slowest = max(self.slowest, time.monotonic() - began)
         except (Exception, CheckpointException) as error:
-            while isinstance(error, CheckpointException):
-                error = next(iter(error.failures.values()))[0]
+            free = "unknown"
+            with contextlib.suppress(OSError):
+                free = f"{shutil.disk_usage(self.folder).free / 2**30:.2f} GiB"
             if self.rank == 0:
                 shutil.rmtree(final.with_name(f"unfinished_{final.name}"), ignore_errors=True)
-            free = "unknown"
-            try:
-                free = f"{shutil.disk_usage(self.folder).free / 2**30:.2f} GiB"
-            except OSError:
-                pass
             self.error = OSError(
-                f"the checkpoint of step {step} could not be written below {self.folder} (free there: {free}): "
-                f"{error}. Earlier checkpoints are whole; make room, and the same command goes on from the newest"
+                f"the checkpoint of step {step} could not be written below {self.folder} (free there: {free}; "
+                f"is the disk full?): {reason_of(error)}. Earlier checkpoints are whole; make room, and the same "
+                "command goes on from the newest"
             )
 
     def write(self, step, state, figures, final: Path):
@@ -270,22 +319,20 @@ class Writer:
             dist.barrier(group=self.group)
         # each rank flushes its own files; an error on one is raised on all
         dcp.save(state, checkpoint_id=unfinished / "state", process_group=self.group, no_dist=self.group is None)
+        mine = checksums(unfinished, [f"state/{p.name}" for p in (unfinished / "state").glob(f"__{self.rank}_*")])
+        parts = [mine]
+        if self.group:
+            parts = [None] * dist.get_world_size() if self.rank == 0 else None
+            dist.gather_object(mine, parts, group=self.group)
         if self.rank == 0:
             export(unfinished / "state", self.skeleton, self.tokenizer, self.stop_ids, unfinished / "model")
-            write_atomically(unfinished / "metrics.json", json.dumps({"step": step, **figures}))
+            others = ["state/.metadata", *(f"model/{path.name}" for path in (unfinished / "model").iterdir())]
+            files = {name: entry for part in [*parts, checksums(unfinished, others)] for name, entry in part.items()}
+            write_atomically(unfinished / "metrics.json", json.dumps({"step": step, **figures, "files": files}))
             flush(unfinished)
             os.rename(unfinished, final)
-            flush_name(self.folder)
+            flush_one(self.folder)
             rotate(self.folder.parent, self.keep)
-
-
-def flush_name(folder: Path):
-    """The folder's list of names on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def rotate(output_dir: Path, keep: int):
@@ -299,8 +346,11 @@ def rotate(output_dir: Path, keep: int):
 
 
 def loss_of(folder: Path) -> float:
-    """Infinite where that step was not validated."""
-    return json.loads((folder / "metrics.json").read_text(encoding="utf-8")).get("val/loss", float("inf"))
+    """Infinite where that step was not validated, or nobody can tell."""
+    try:
+        return json.loads((folder / "metrics.json").read_text(encoding="utf-8")).get("val/loss", float("inf"))
+    except (OSError, ValueError, AttributeError):
+        return float("inf")
 
 
 # ---- read ------------------------------------------------------------------------------------------------------------
@@ -316,9 +366,8 @@ def read(state: Path, into: dict, no_dist: bool):
         read_metadata(state)
         dcp.load(into, checkpoint_id=state, no_dist=no_dist)
     except (Exception, CheckpointException) as error:
-        while isinstance(error, CheckpointException):
-            error = next(iter(error.failures.values()))[0]
-        raise ValueError(f"{state} cannot be read: {error}. Move {state.parent} away to go on without it") from error
+        message = f"{state} cannot be read: {reason_of(error)}. Move {state.parent} away to go on without it"
+        raise ValueError(message) from error
 
 
 def export(state: Path, skeleton, tokenizer, stop_ids: list[int], folder: Path):
@@ -343,7 +392,7 @@ def put_model(output_dir: Path):
     if target.is_dir():
         os.rename(target, output_dir / "unfinished_old_model")
     os.rename(unfinished, target)
-    flush_name(output_dir)
+    flush_one(output_dir)
     shutil.rmtree(output_dir / "unfinished_old_model", ignore_errors=True)
 
 
@@ -374,13 +423,7 @@ def list_checkpoints(output_dir: Path) -> bool:
         print(f"{output_dir}: {status.read_text(encoding='utf-8').strip()}")
     whole = {}
     for folder in found:
-        problem = damage(folder)
-        if problem is None:
-            try:
-                read_all(folder)
-                modelling.compare(folder / "model", read_weights(folder))
-            except (OSError, ValueError, RuntimeError) as error:
-                problem = str(error)
+        problem = changed(folder)
         whole[folder] = problem is None
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         loss = loss_of(folder) if whole[folder] else float("inf")
@@ -393,13 +436,6 @@ def list_checkpoints(output_dir: Path) -> bool:
         best = min(good, key=lambda folder: (loss_of(folder), -step_of(folder)))
         print(f"best: {best.name}, newest whole: {good[-1].name}")
     return len(good) == len(found)
-
-
-def read_all(folder: Path):
-    """Everything in a checkpoint's `state/`, one tensor at a time, and so held against the files' checksums."""
-    for name, entry in read_metadata(folder / "state").state_dict_metadata.items():
-        tree = {name: torch.empty(entry.size, dtype=entry.properties.dtype)}
-        read(folder / "state", tree, no_dist=True)
 
 
 def read_weights(folder: Path) -> dict:

@@ -10,7 +10,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
@@ -32,12 +37,14 @@ def document_attention(module, query, key, value, attention_mask, scaling=None, 
     refuse_unknown(module, kwargs)
     window = kwargs.get("sliding_window")
     tokens = query.shape[2]
-    outputs, start = [], 0
-    for end in kwargs.get("document_ends") or [tokens]:
-        q, k, v = (x[:, :, start:end] for x in (query, key, value))  # (1, heads, document, head_dim)
-        mask = None
-        if window is not None and end - start > window:
-            mask = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+    ends = kwargs.get("document_ends") or [tokens]
+    lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    outputs = []
+    # (split: the gradient of slices would be a whole row of zeros for each document)
+    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
+        mask, length = None, q.shape[2]  # q (1, heads, length, head_dim)
+        if window is not None and length > window:
+            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
         outputs.append(
             F.scaled_dot_product_attention(
                 q,
@@ -50,7 +57,6 @@ def document_attention(module, query, key, value, attention_mask, scaling=None, 
                 enable_gqa=q.shape[1] != k.shape[1],
             )
         )
-        start = end
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
@@ -184,7 +190,10 @@ def blocks(model) -> torch.nn.ModuleList:
 
 
 def parallelise(model, config, strategy: str, world_size: int, device: torch.device):
-    """(the module to call, the module that holds the weights): the same one but for DDP."""
+    """(the `PackedLoss` to call, or DDP around it; the model in it, which holds the weights)."""
+    if not config.parallel.cpu_offload:
+        model.to(device)
+    loss = PackedLoss(model)
     if config.model.compile:
         for block in blocks(model):
             block.compile(dynamic=True)
@@ -198,16 +207,15 @@ def parallelise(model, config, strategy: str, world_size: int, device: torch.dev
         }
         if config.parallel.cpu_offload:
             options["offload_policy"] = CPUOffloadPolicy()
-        else:
-            model.to(device)
         for block in blocks(model):
             fully_shard(block, **options)
         fully_shard(model, **options)
-        return model, model
-    model.to(device)
-    if world_size == 1:
-        return model, model
-    return DistributedDataParallel(model, gradient_as_bucket_view=True), model
+        # the loss comes in by its own door: what is not in a block has to be gathered there too
+        model.packed_loss = loss.forward
+        register_fsdp_forward_method(model, "packed_loss")
+        loss.forward = model.packed_loss
+        return loss, model
+    return (loss if world_size == 1 else DistributedDataParallel(loss, gradient_as_bucket_view=True)), model
 
 
 def compute_dtype(config) -> torch.dtype:
@@ -224,28 +232,91 @@ def precision(config, strategy: str, device: torch.device):
 # ---- loss and optimizer ----------------------------------------------------------------------------------------------
 
 
-def loss_sum(model, batch: dict) -> torch.Tensor:
-    """Sum of the token losses of a packed row (`data.collate`), float32 scalar. The output layer runs only at
-    supervised positions; a row with none gives a zero that still reaches every weight.
+class PackedLoss(torch.nn.Module):
+    """Called with a packed row (`data.collate`): the sum of its token losses, a float32 scalar. The output layer runs
+    at supervised positions alone; a row with none gives a zero that still reaches every weight.
     """
-    positions = (batch["labels"] != IGNORE_INDEX).nonzero().squeeze(1)  # (supervised,)
-    targets = batch["labels"][positions]
-    nothing = len(positions) == 0
-    logits = logits_at(model, batch, positions.new_zeros(1) if nothing else positions)  # (supervised, vocabulary)
-    if nothing:
-        return logits.float().sum() * 0
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.plain_head = has_plain_head(model)
+
+    def forward(self, batch: dict) -> torch.Tensor:
+        arguments = {name: batch[name] for name in ("input_ids", "position_ids", "document_ends")}
+        positions, targets = batch["positions"], batch["targets"]  # (supervised,)
+        if self.plain_head:
+            hidden = self.model.get_decoder()(**arguments, use_cache=False).last_hidden_state[0]  # (tokens, hidden)
+            return HeadLoss.apply(hidden[positions], self.model.get_output_embeddings().weight, targets)
+        logits = self.model(**arguments, use_cache=False, logits_to_keep=positions).logits[
+            0
+        ]  # (supervised, vocabulary)
+        return F.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=IGNORE_INDEX)
 
 
-def logits_at(model, batch: dict, positions: torch.Tensor) -> torch.Tensor:
-    """Logits (positions, vocabulary) of a packed row at `positions`, int64, and nowhere else."""
-    return model(
-        input_ids=batch["input_ids"],
-        position_ids=batch["position_ids"],
-        document_ends=batch["document_ends"],
-        logits_to_keep=positions,
-        use_cache=False,
-    ).logits[0]
+class HeadLoss(torch.autograd.Function):
+    """Sum of the cross entropies of `hidden @ weight.T`: hidden (positions, hidden), weight (vocabulary, hidden),
+    targets (positions,) int64, of which -100 counts nothing. It goes by chunks of positions and takes each chunk's
+    gradient while it has its logits, so that there are never more than LOGITS of them (as Liger's fused linear cross
+    entropy: Hsu et al., 2024, https://arxiv.org/abs/2410.10989).
+    """
+
+    LOGITS = 2**26  # at once: 256 MiB in float32
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        h, w = hidden.to(dtype), weight.to(dtype)
+        for_hidden, for_weight, _ = ctx.needs_input_grad
+        grad_hidden = torch.empty_like(h) if for_hidden else None
+        grad_weight = torch.zeros_like(weight) if for_weight else None
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        with torch.autocast(kind, enabled=False):
+            for rows in range(0, len(h), max(1, HeadLoss.LOGITS // len(w))):
+                chunk = slice(rows, rows + max(1, HeadLoss.LOGITS // len(w)))
+                logits = (h[chunk] @ w.T).float()  # (chunk, vocabulary)
+                counted = (targets[chunk] != IGNORE_INDEX)[:, None]  # (chunk, 1)
+                index = targets[chunk, None].clamp(min=0)
+                log_sum = logits.logsumexp(dim=1, keepdim=True)  # (chunk, 1)
+                loss += ((log_sum - logits.gather(1, index)) * counted).sum()
+                if not (for_hidden or for_weight):
+                    continue
+                # the gradient of the logits: softmax minus one at the target
+                gradient = logits.sub_(log_sum).exp_().mul_(counted)
+                gradient = gradient.scatter_add_(1, index, -counted.to(gradient.dtype)).to(dtype)
+                if for_hidden:
+                    torch.mm(gradient, w, out=grad_hidden[chunk])
+                if for_weight:
+                    grad_weight += gradient.T @ h[chunk]
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.dtype = hidden.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, scale):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else (grad_hidden * scale).to(ctx.dtype),
+            None if grad_weight is None else grad_weight.mul_(scale),
+            None,
+        )
+
+
+@torch.no_grad()
+def has_plain_head(model) -> bool:
+    """Whether the model's logits are its last hidden states times the output weights, with no scale, cap or bias after
+    them: measured."""
+    attention = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # the head is looked at, on any device
+    ids = torch.arange(4, device=model.device)[None]
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    logits = model(input_ids=ids, use_cache=False).logits
+    model.set_attn_implementation(attention)
+    plain = hidden @ model.get_output_embeddings().weight.T
+    return plain.shape == logits.shape and torch.allclose(
+        plain, logits, rtol=1e-3, atol=1e-4 * float(logits.abs().max())
+    )
 
 
 def make_optimizer(model, train) -> torch.optim.AdamW:

@@ -335,11 +335,9 @@ def saved_bytes(model, tokens: int, supervised: int, autocast: torch.dtype | Non
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", dtype=autocast) if cast else contextlib.nullcontext(),
     ):
-        # as modelling.loss_sum, whose search for the supervised positions fake tensors cannot do
+        positions = torch.zeros(max(1, supervised), dtype=torch.long)
         batch = {"input_ids": ids, "position_ids": ids, "document_ends": [tokens]}
-        logits = modelling.logits_at(model, batch, torch.arange(max(1, supervised)))  # (supervised, vocabulary)
-        targets = torch.zeros(len(logits), dtype=torch.long)
-        torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+        modelling.PackedLoss(model)({**batch, "positions": positions, "targets": positions})
     return sum(count for count, _ in kept.values())
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import config as configuration
@@ -37,7 +38,7 @@ USAGE = "usage: train_sft.py [CONFIG.yaml | --config CONFIG.yaml] [KEY=VALUE ...
 
 
 def main():
-    began = time.monotonic()
+    began, started = time.monotonic(), time.time()
     cfg = read_command_line(sys.argv[1:])
     rank, local_rank, world_size = launch(cfg)
     output_dir = Path(cfg.output_dir)
@@ -50,6 +51,7 @@ def main():
                     f"{output_dir} holds a finished run; its model is in {output_dir / 'model'}. To train again, name "
                     "another output_dir or delete it; to train on, raise train.max_steps."
                 )
+            watchdog.close()
             return
         watchdog.at("preparing the data")
         tokenizer, train_set, validation_set, stop_ids = prepare(cfg, rank, local_rank)
@@ -58,7 +60,11 @@ def main():
             # Who waits for whom, and for how long, is the watchdog's business: it names the rank
             dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
         lock = take_output_dir(cfg, output_dir, rank)
-        folder, _ = checkpoint.where_to_start(configuration.to_dict(cfg))  # nobody else writes there any more
+        # Nobody else writes there any more; and all ranks go on from the checkpoint that rank 0 sees
+        found = [checkpoint.where_to_start(configuration.to_dict(cfg))[0] if rank == 0 else None]
+        if world_size > 1:
+            dist.broadcast_object_list(found)
+        folder = found[0]
         start = check_data(folder, train_set)
         barrier()
         watchdog.output_dir, watchdog.step = output_dir, start
@@ -67,7 +73,9 @@ def main():
                 print(line)
             checkpoint.write_atomically(output_dir / "config.yaml", configuration.dump(cfg))
             checkpoint.write_status(output_dir, "running", start)
-            (output_dir / "STOP").unlink(missing_ok=True)  # it was meant for an earlier start
+            stop = output_dir / "STOP"
+            if stop.exists() and stop.stat().st_mtime < started:
+                stop.unlink()  # it was meant for an earlier start
         barrier()
         train(
             cfg, output_dir, rank, local_rank, world_size, tokenizer, train_set, validation_set, stop_ids, folder,
@@ -132,9 +140,7 @@ def start_processes(processes: int, output_dir: Path) -> int:
     try:
         run.run(run.parse_args([*flags, "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", *sys.argv]))
     except SignalException:
-        status = output_dir / "status.json"
-        stopped = status.is_file() and json.loads(status.read_text(encoding="utf-8"))["state"] == "stopped"
-        return 0 if stopped else 1
+        return 0 if checkpoint.read_state(output_dir) == "stopped" else 1
     except ChildFailedError:  # it has said why
         return 1
     return 0
@@ -248,6 +254,14 @@ def train(
 
     watchdog.at("loading the model")
     start = checkpoint.step_of(folder) if folder else 0
+    batch_size = cfg.train.global_batch_size
+    steps_per_epoch = packing.steps_per_epoch(len(train_set), batch_size)
+    steps = packing.steps_of_run(len(train_set), batch_size, cfg.train.max_epochs, cfg.train.max_steps)
+    if steps < start:
+        raise ValueError(
+            f"train.max_steps (or max_epochs) ends the run at step {steps}, and {folder} is past it; raise it, or name "
+            "another output_dir"
+        )
     torch.manual_seed(cfg.seed)
     with data.from_hub("model.name", cfg.model.name):
         model = modelling.load(cfg.model, device)
@@ -272,9 +286,6 @@ def train(
         if rank == 0:
             print("packed documents would see each other in this model: each row holds one document")
 
-    batch_size = cfg.train.global_batch_size
-    steps_per_epoch = packing.steps_per_epoch(len(train_set), batch_size)
-    steps = packing.steps_of_run(len(train_set), batch_size, cfg.train.max_epochs, cfg.train.max_steps)
     tracker = None
     if rank == 0:
         print(
@@ -293,7 +304,7 @@ def train(
         with torch.no_grad(), modelling.precision(cfg, strategy, device):
             for i, row in enumerate(validation_rows):
                 watchdog.at(f"validation row {i + 1} of {len(validation_rows)}")
-                total += modelling.loss_sum(parallel_model, data.collate(validation_set, row, device))
+                total += parallel_model(data.collate(validation_set, row, device))
         model.train()
         tokens = int(validation_set.supervised[: len(limit)].sum())
         loss = float(all_sum(total)) / tokens
@@ -318,6 +329,11 @@ def train(
         validate(0)
 
     model.train()
+    if isinstance(parallel_model, DistributedDataParallel):
+        # DDP cuts its buckets anew after its first backward pass, and sums then round otherwise: a pass over an empty
+        # row, which changes nothing, so that the first step of a start is computed as it is in the middle of a run
+        forward_backward(cfg, parallel_model, strategy, train_set, [[]], 1, world_size, device)
+        optimizer.zero_grad(set_to_none=True)
     watchdog.may_stop_at_once = False
     slowest = 0.0  # seconds of a step with all that follows it
     for step in range(start + 1, steps + 1):
@@ -411,7 +427,7 @@ def forward_backward(
         more = strategy == "ddp" and world_size > 1 and i < len(rows) - 1
         with parallel_model.no_sync() if more else contextlib.nullcontext():
             with modelling.precision(cfg, strategy, device):
-                loss = modelling.loss_sum(parallel_model, data.collate(examples, row, device))
+                loss = parallel_model(data.collate(examples, row, device))
             # Gradients are averaged over ranks, so their sum over the global count needs the factor world_size
             (loss * world_size / supervised).backward()
         losses.append(loss.detach().double())

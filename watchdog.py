@@ -19,7 +19,9 @@ import checkpoint
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
 GONE_AFTER = 60  # seconds without a sign of life from a process: stopped, swapped out, or its machine is dead
 GONE = "ended without a word, as a killed process does (was the memory enough?)"
-CONSEQUENCE = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket|store", re.IGNORECASE)
+CONSEQUENCE = re.compile(
+    r"\b(gloo|nccl|connection (closed|reset|refused)|broken pipe|socket|tcpstore)\b", re.IGNORECASE
+)
 
 
 class Watchdog:
@@ -33,13 +35,16 @@ class Watchdog:
         self.asked, self.may_stop_at_once, self.output_dir, self.step = [], True, None, None
         self.count, self.place, self.since, self.watching = 0, "start", time.monotonic(), False
         self.main_thread, self.parent = threading.get_ident(), os.getppid()
+        self.lock, self.closed = threading.Lock(), False
         self.store = None
         if "TORCHELASTIC_RUN_ID" in os.environ:
             run, attempt = os.environ["TORCHELASTIC_RUN_ID"], os.environ["TORCHELASTIC_RESTART_COUNT"]
             self.prefix = f"sft/{run}/{attempt}/"
             self.store = connect()
-            self.store.set(f"{self.prefix}beat/{rank}", json.dumps(self.beat(self.since)))
+            self.give_beat(self.store)
             threading.Thread(target=self.watch, daemon=True).start()
+        else:
+            threading.Thread(target=self.watch_alone, daemon=True).start()
         self.hear_signals()
 
     # ---- what the main thread calls ----
@@ -60,9 +65,10 @@ class Watchdog:
 
     def close(self):
         """This rank is done; its silence means nothing any more."""
-        self.watching = False
+        with self.lock:
+            self.watching, self.closed = False, True
         if self.store:
-            self.quietly(self.store.set, f"{self.prefix}beat/{self.rank}", "done")
+            self.quietly(self.give_beat, self.store)
 
     # ---- the end ----
 
@@ -116,7 +122,7 @@ class Watchdog:
             for number in os.read(pipe, 64):
                 name = signal.Signals(number).name
                 # A second Ctrl-C, which torchrun passes on as SIGTERM (the first may come twice, from the terminal too)
-                if name in ("SIGINT", "SIGTERM") and interrupted and time.monotonic() - interrupted > 1:
+                if name in ("SIGINT", "SIGTERM") and interrupted and time.monotonic() - interrupted > 0.5:
                     os._exit(130)
                 if name == "SIGINT":
                     interrupted = interrupted or time.monotonic()
@@ -139,7 +145,7 @@ class Watchdog:
                     if said["by"] != self.rank:
                         time.sleep(1)  # so that the message is the first thing to be read
                         os._exit(said["code"])
-                store.set(f"{self.prefix}beat/{self.rank}", json.dumps(self.beat(now)))
+                self.give_beat(store)
                 beat = self.beat_of(neighbour, store)
                 if beat != seen or now - last > 10:  # (this process slept itself)
                     seen, seen_at = beat, now
@@ -152,15 +158,33 @@ class Watchdog:
                         self.quietly(os.kill, beat["pid"], signal.SIGKILL)  # torchrun would wait for it
                     silence = f"no sign of life for {now - seen_at:.0f} s; is it stopped, or its machine gone?"
                     self.end(1, "failed", f"error: {describe(neighbour, beat)}: {silence}")
-                if self.watching and now - self.since > self.hang_timeout:
+                if self.hangs():
                     self.name_the_hung(store)
             except (dist.DistError, RuntimeError, OSError):
                 time.sleep(5)  # torchrun's store is gone, and torchrun with it; on its own machine that is seen above
                 self.store = None
                 self.end(1, "failed", "error: the connection to torchrun on the first machine is lost")
 
-    def beat(self, now: float) -> dict:
+    def watch_alone(self):
+        while True:
+            time.sleep(0.5)
+            if self.hangs():
+                beat = self.beat()
+                self.end(1, "failed", f"error: {self.no_progress()}: at {beat['place']}, {beat['line']}")
+
+    def hangs(self) -> bool:
+        return self.watching and time.monotonic() - self.since > self.hang_timeout
+
+    def no_progress(self) -> str:
+        return f"no progress for {self.hang_timeout:.0f} s (cluster.hang_timeout)"
+
+    def give_beat(self, store):
+        with self.lock:  # nothing is said after "done"
+            store.set(f"{self.prefix}beat/{self.rank}", "done" if self.closed else json.dumps(self.beat()))
+
+    def beat(self) -> dict:
         """A sign of life: where this rank is, since when, and in which line."""
+        now = time.monotonic()
         frames = traceback.extract_stack(sys._current_frames().get(self.main_thread))
         folder = str(Path(__file__).parent)
         ours = [f for f in frames if os.path.dirname(f.filename) == folder]
@@ -168,7 +192,7 @@ class Watchdog:
         return {
             "at": now,
             "host": socket.gethostname(),
-            "node": os.environ["GROUP_RANK"],
+            "node": os.environ.get("GROUP_RANK"),
             "pid": os.getpid(),
             "count": self.count,
             "place": self.place if self.step is None else f"{self.place} after {self.step} steps",
@@ -190,9 +214,7 @@ class Watchdog:
             return  # slow, but not hung
         names = "; ".join(f"{describe(rank, beats[rank])}, {beats[rank]['line']}" for rank in behind[:8])
         others = "" if len(behind) == len(beats) else "; the others wait for it"
-        self.end(
-            1, "failed", f"error: no progress for {self.hang_timeout:.0f} s (cluster.hang_timeout): {names}{others}"
-        )
+        self.end(1, "failed", f"error: {self.no_progress()}: {names}{others}")
 
 
 def connect() -> dist.TCPStore:

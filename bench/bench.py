@@ -155,10 +155,11 @@ class Meter:
 
     def __init__(self, cuda: bool):
         import torch
+        from torch.optim.optimizer import register_optimizer_step_post_hook
 
         self.torch, self.cuda = torch, cuda
         self.times, self.tokens, self.supervised, self.imports = [], [0], [0], self.memory()
-        torch.optim.optimizer.register_optimizer_step_post_hook(self.after_step)
+        register_optimizer_step_post_hook(self.after_step)
 
     def memory(self) -> float:
         """Peak so far in GiB: of the GPU, else of the process."""

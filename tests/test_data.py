@@ -3,6 +3,7 @@ import json
 import datasets
 import numpy as np
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 import data
@@ -25,7 +26,9 @@ def tokens_of(tmp_path, rows, **options):
 def test_the_batch_that_reaches_the_model_has_labels_on_the_answers_alone(tmp_path):
     examples = tokens_of(tmp_path, [chat("One?", "First.", "Two?", "Second."), chat("Three?", "Third.")])
     batch = data.collate(examples, [0, 1])
-    ids, labels, end = batch["input_ids"][0], batch["labels"], TOKENIZER.convert_tokens_to_ids("<|im_end|>")
+    ids, end = batch["input_ids"][0], TOKENIZER.convert_tokens_to_ids("<|im_end|>")
+    labels = torch.full_like(ids, -100)
+    labels[batch["positions"]] = batch["targets"]
     assert batch["position_ids"][0].tolist() == [*range(examples.lengths[0]), *range(examples.lengths[1])]
     trained = (labels != -100).nonzero().squeeze(1)
     assert (ids[trained + 1] == labels[trained]).all()  # a position predicts the token behind it

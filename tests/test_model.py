@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GraniteConfig, LlamaConfig, LlamaForCausalLM
 
 import config
 import data
@@ -40,7 +40,8 @@ def tiny_llama(tied=False):
 
 def gradients(rows_of_ranks, rank, world_size, examples):
     model = tiny_llama()
-    parallel = DistributedDataParallel(model) if world_size > 1 else model
+    loss = modelling.PackedLoss(model)
+    parallel = DistributedDataParallel(loss) if world_size > 1 else loss
     train_sft.forward_backward(
         CFG, parallel, "ddp", examples, rows_of_ranks[rank], int(examples.supervised.sum()), world_size, CPU
     )
@@ -70,8 +71,9 @@ def test_two_ranks_give_the_gradient_of_one_process(tmp_path, rows_of_ranks):
 
 def test_the_loss_of_a_packed_row_is_the_sum_of_its_documents_losses():
     examples, model = Examples([12, 30, 5], [4, 30, 3]), tiny_llama()
-    packed = modelling.loss_sum(model, data.collate(examples, [2, 0, 1]))
-    separate = sum(modelling.loss_sum(model, data.collate(examples, [i])) for i in range(3))
+    loss = modelling.PackedLoss(model)
+    packed = loss(data.collate(examples, [2, 0, 1]))
+    separate = sum(loss(data.collate(examples, [i])) for i in range(3))
     plain = 0.0  # and equal to transformers' own loss, with sdpa
     model.set_attn_implementation("sdpa")
     for i in range(3):
@@ -79,6 +81,47 @@ def test_the_loss_of_a_packed_row_is_the_sum_of_its_documents_losses():
         plain += model(ids, labels=labels).loss.item() * int((labels[:, 1:] != -100).sum())
     assert float(packed) == pytest.approx(float(separate), rel=1e-6)
     assert float(packed) == pytest.approx(plain, rel=1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_loss_in_chunks_has_the_gradients_of_the_whole_matrix(monkeypatch, tied, autocast):
+    examples = Examples([40, 9, 23], [31, 2, 1])
+    losses, gradients = [], []
+    for plain_head, logits in ((False, 2**26), (True, 2**26), (True, 64 * 5)):
+        monkeypatch.setattr(modelling.HeadLoss, "LOGITS", logits)
+        model = tiny_llama(tied)
+        loss = modelling.PackedLoss(model)
+        assert loss.plain_head
+        loss.plain_head = plain_head
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            value = loss(data.collate(examples, [0, 1, 2]))
+        (value * 0.3).backward()
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            assert torch.equal(loss(data.collate(examples, [0, 1, 2])), value.detach())
+        losses.append(value.item())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-2 if autocast else 1e-6)
+    for gradient in gradients[1:]:
+        assert (gradient - gradients[0]).norm() / gradients[0].norm() < (2e-2 if autocast else 1e-6)
+
+
+def test_a_head_with_a_cap_a_scale_or_a_bias_is_left_to_the_model():
+    examples = Examples([40, 9], [31, 2])
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "attn_implementation": "eager"}
+    for made in (
+        Gemma2Config(**shape, final_logit_softcapping=0.5, pad_token_id=0),
+        GraniteConfig(**shape, logits_scaling=8.0, pad_token_id=0),
+    ):
+        model = AutoModelForCausalLM.from_config(made)
+        loss = modelling.PackedLoss(model)
+        assert not loss.plain_head
+        wanted = 0.0
+        for i in range(2):
+            ids, labels = (torch.tensor(x[None].astype(np.int64)) for x in examples[i])
+            wanted += model(ids, labels=labels).loss.item() * int((labels[:, 1:] != -100).sum())
+        assert sum(loss(data.collate(examples, [i])).item() for i in range(2)) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_documents_are_kept_apart_and_a_leak_is_found():

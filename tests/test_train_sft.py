@@ -138,6 +138,38 @@ def test_a_run_goes_on_with_other_numbers_of_processes_and_sharded_or_not_to_equ
         assert metrics(out, name) == pytest.approx(metrics(undisturbed, name), rel=1e-5)
 
 
+def test_four_ranks_that_are_stopped_end_with_the_same_weights(tmp_path, two_epochs):
+    arguments, _ = two_epochs
+    undisturbed, out = tmp_path / "undisturbed", tmp_path / "out"
+    run(out, *arguments, f"output_dir={undisturbed}", processes=4)
+    run(out, *arguments, f"output_dir={out}", processes=4, fault="2:3:SIGTERM")
+    run(out, *arguments, f"output_dir={out}", processes=4)
+    assert_same_run(out, undisturbed)
+
+
+def test_a_stop_that_is_asked_for_while_the_run_starts_is_heard_and_an_older_one_is_not(tmp_path, two_epochs):
+    arguments, undisturbed = two_epochs
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "STOP").touch()
+    os.utime(out / "STOP", (time.time() + 60, time.time() + 60))
+    assert wait_for(start_in_fork(arguments, out)) == 0
+    assert state(out)["state"] == "stopped" and state(out)["step"] == 1
+    (out / "STOP").touch()
+    os.utime(out / "STOP", (time.time() - 60, time.time() - 60))
+    assert wait_for(start_in_fork(arguments, out)) == 0
+    assert_same_run(out, undisturbed)
+
+
+def test_an_end_before_the_newest_checkpoint_is_refused(tmp_path, two_epochs):
+    arguments, _ = two_epochs
+    out = tmp_path / "out"
+    assert wait_for(start_in_fork(arguments, out, fault="0:3:STOP")) == 0
+    assert wait_for(start_in_fork([*arguments, "train.max_steps=2"], out)) == 1
+    assert "step_00000003 is past it; raise it" in out.with_suffix(".log").read_text()
+    assert not (out / "model").exists()
+
+
 def test_other_conversations_than_the_checkpoint_was_trained_on_are_refused(tmp_path, two_epochs):
     arguments, out, chats = two_epochs[0], tmp_path / "out", tmp_path / "chats.jsonl"
     path = arguments[1].removeprefix("data.dataset=")

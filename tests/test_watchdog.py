@@ -41,6 +41,14 @@ def test_a_rank_that_fails_hangs_or_is_gone_ends_all_within_seconds_and_is_named
         assert metrics(out) == pytest.approx(metrics(undisturbed), rel=1e-5)
 
 
+def test_a_single_process_that_hangs_ends_too(tmp_path, two_epochs):
+    arguments, _ = two_epochs
+    out = tmp_path / "out"
+    output = run(out, *arguments, f"output_dir={out}", "cluster.hang_timeout=3", expect=1, fault="0:3:hang")
+    assert re.search(r"error: no progress for 3 s .*: at row 1 of 1 after 2 steps, .* in clip_with_fault", output)
+    assert state(out)["state"] == "failed"
+
+
 def test_a_signal_to_any_rank_saves_the_step_of_all_and_ends_with_0(tmp_path, two_epochs):
     arguments, _ = two_epochs
     out, other = tmp_path / "out", tmp_path / "other"
