@@ -193,7 +193,7 @@ def parallelise(model, config, strategy: str, world_size: int, device: torch.dev
     """(the `PackedLoss` to call, or DDP around it; the model in it, which holds the weights)."""
     if not config.parallel.cpu_offload:
         model.to(device)
-    loss = PackedLoss(model)
+    loss = PackedLoss(model, has_plain_head(model))
     if config.model.compile:
         for block in blocks(model):
             block.compile(dynamic=True)
@@ -234,13 +234,13 @@ def precision(config, strategy: str, device: torch.device):
 
 class PackedLoss(torch.nn.Module):
     """Called with a packed row (`data.collate`): the sum of its token losses, a float32 scalar. The output layer runs
-    at supervised positions alone; a row with none gives a zero that still reaches every weight.
+    at supervised positions alone; a row with none gives a zero that still reaches every weight. `plain_head`: see
+    `has_plain_head`.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, plain_head: bool):
         super().__init__()
-        self.model = model
-        self.plain_head = has_plain_head(model)
+        self.model, self.plain_head = model, plain_head
 
     def forward(self, batch: dict) -> torch.Tensor:
         arguments = {name: batch[name] for name in ("input_ids", "position_ids", "document_ends")}

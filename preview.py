@@ -305,7 +305,7 @@ def memory(cfg, tokenizer, world_size: int, gpu_gib: float, row: dict) -> dict:
         # FSDP gathers a block while the one before runs, and reduces a block's gradients in float32
         "gathered": (2 * size * (root + in_block) + size * in_block + 4 * max(root, in_block)) if sharded else 0,
         "activations": activations,
-        "loss_gradient": (4 + size) * supervised * vocabulary,
+        "loss_gradient": (4 + size) * min(supervised * vocabulary, modelling.HeadLoss.LOGITS),  # a chunk's
     }
     gib = {name: round(count / GIB, 2) for name, count in parts.items()}
     return {
@@ -337,7 +337,7 @@ def saved_bytes(model, tokens: int, supervised: int, autocast: torch.dtype | Non
     ):
         positions = torch.zeros(max(1, supervised), dtype=torch.long)
         batch = {"input_ids": ids, "position_ids": ids, "document_ends": [tokens]}
-        modelling.PackedLoss(model)({**batch, "positions": positions, "targets": positions})
+        modelling.PackedLoss(model, plain_head=True)({**batch, "positions": positions, "targets": positions})
     return sum(count for count, _ in kept.values())
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a real Slurm with two nodes: a run that is requeued, signalled, timed out, cancelled or loses a worker ends in the
 # weights of an undisturbed one. PYTHON: an environment with the requirements.
-# usage: tests/slurm_end_to_end.sh [requeue] [signal] [limit] [kill] [cancel] [error]     none named: all
+# usage: tests/slurm_end_to_end.sh [requeue] [signal] [early] [limit] [kill] [cancel] [error]     none named: all
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHON=${PYTHON:-.venv/bin/python}
@@ -45,7 +45,7 @@ PY
 USER=${USER:-$(id -un)}
 job=$(submit plain)
 finished plain "$job"
-[ $# -gt 0 ] || set -- requeue signal limit kill cancel error
+[ $# -gt 0 ] || set -- requeue signal early limit kill cancel error
 for name in "$@"; do
     case $name in
         requeue | kill | signal)
@@ -56,6 +56,12 @@ for name in "$@"; do
                 signal) scancel --signal=USR1 "$job" ;;
                 kill) pkill -9 -n -f "train_sft.py configs/quickstart.yaml output_dir=$out/kill" ;;
             esac
+            ;;
+        early) # told to stop before the run has begun
+            job=$(submit early)
+            until squeue -h -j "$job" -t RUNNING | grep -q .; do sleep 0.5; done
+            sleep 2
+            scancel --batch --signal=USR1 "$job"
             ;;
         limit) # one minute, and told 25 seconds before; with a step every 0.4 s it takes more than one
             job=$(submit limit --time 1 --signal B:USR1@25)

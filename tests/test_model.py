@@ -40,7 +40,7 @@ def tiny_llama(tied=False):
 
 def gradients(rows_of_ranks, rank, world_size, examples):
     model = tiny_llama()
-    loss = modelling.PackedLoss(model)
+    loss = modelling.PackedLoss(model, plain_head=True)
     parallel = DistributedDataParallel(loss) if world_size > 1 else loss
     train_sft.forward_backward(
         CFG, parallel, "ddp", examples, rows_of_ranks[rank], int(examples.supervised.sum()), world_size, CPU
@@ -71,7 +71,7 @@ def test_two_ranks_give_the_gradient_of_one_process(tmp_path, rows_of_ranks):
 
 def test_the_loss_of_a_packed_row_is_the_sum_of_its_documents_losses():
     examples, model = Examples([12, 30, 5], [4, 30, 3]), tiny_llama()
-    loss = modelling.PackedLoss(model)
+    loss = modelling.PackedLoss(model, plain_head=True)
     packed = loss(data.collate(examples, [2, 0, 1]))
     separate = sum(loss(data.collate(examples, [i])) for i in range(3))
     plain = 0.0  # and equal to transformers' own loss, with sdpa
@@ -91,9 +91,8 @@ def test_a_loss_in_chunks_has_the_gradients_of_the_whole_matrix(monkeypatch, tie
     for plain_head, logits in ((False, 2**26), (True, 2**26), (True, 64 * 5)):
         monkeypatch.setattr(modelling.HeadLoss, "LOGITS", logits)
         model = tiny_llama(tied)
-        loss = modelling.PackedLoss(model)
-        assert loss.plain_head
-        loss.plain_head = plain_head
+        assert modelling.has_plain_head(model)
+        loss = modelling.PackedLoss(model, plain_head)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             value = loss(data.collate(examples, [0, 1, 2]))
         (value * 0.3).backward()
@@ -115,8 +114,8 @@ def test_a_head_with_a_cap_a_scale_or_a_bias_is_left_to_the_model():
         GraniteConfig(**shape, logits_scaling=8.0, pad_token_id=0),
     ):
         model = AutoModelForCausalLM.from_config(made)
-        loss = modelling.PackedLoss(model)
-        assert not loss.plain_head
+        assert not modelling.has_plain_head(model)
+        loss = modelling.PackedLoss(model, plain_head=False)
         wanted = 0.0
         for i in range(2):
             ids, labels = (torch.tensor(x[None].astype(np.int64)) for x in examples[i])
