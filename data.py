@@ -354,7 +354,9 @@ def tokenise_splits(config, tokenizer) -> dict[str, str]:
     prepared = {"chat_template": chat_template}
     for split in ("train", "validation"):
         rows, name = dataset.formatted_ds[split], f"{dataset.task_spec.task_name} {split}"
-        prepared[split] = str(tokenise(rows, tokenizer, chat_template, config.data.train_on, cache, name, workers))
+        folder = tokenise(rows, tokenizer, chat_template, config.data.train_on, cache, name, workers)
+        choose_examples(folder, config.data.max_seq_length, config.data.overlong)
+        prepared[split] = str(folder)
     return prepared
 
 
@@ -371,32 +373,18 @@ def find_stop_ids(tokenizer, examples) -> list[int]:
 
 
 class Examples:
-    """Tokenised conversations in memory-mapped files. `lengths` and `supervised`: tokens of each, int64; `digest`: of
-    all tokens and labels."""
+    """Tokenised conversations in memory-mapped files, so that a process holds none of them: of each, `lengths` and
+    `supervised` in tokens, int32, and `rows`, its row in the split, int64; `totals` of all; `digest` of all tokens and
+    labels. Raises ValueError for an overlong conversation where `overlong` is error."""
 
     def __init__(self, folder: Path, max_seq_length: int, overlong: str):
-        self.input_ids = np.memmap(folder / "input_ids", dtype=np.int32, mode="r")
-        self.labels = np.memmap(folder / "labels", dtype=np.int32, mode="r")
         self.digest = (folder / "digest").read_text(encoding="utf-8")
-        offsets = np.load(folder / "offsets.npy")
-        lengths = np.diff(offsets)
-        self.overlong = int((lengths > max_seq_length).sum())
-        if self.overlong and overlong == "error":
-            worst = int(np.flatnonzero(lengths > max_seq_length)[0])
-            raise ValueError(
-                f"{self.overlong} conversations are longer than data.max_seq_length = {max_seq_length} (row {worst} "
-                f"has {lengths[worst]} tokens); raise it, or set data.overlong=drop or truncate"
-            )
-        if overlong == "truncate":
-            lengths = np.minimum(lengths, max_seq_length)
-        sums = np.concatenate([[0], np.cumsum(self.labels != templates.IGNORE_INDEX)])
-        supervised = sums[offsets[:-1] + lengths] - sums[offsets[:-1]]
-        # the first token of a document is never predicted
-        supervised -= self.labels[offsets[:-1]] != templates.IGNORE_INDEX
-        self.nothing_to_train = int(((supervised == 0) & (lengths <= max_seq_length)).sum())
-        kept = (supervised > 0) & (lengths <= max_seq_length)
-        self.rows = np.flatnonzero(kept)  # of each example, its row in the split
-        self.starts, self.lengths, self.supervised = offsets[:-1][kept], lengths[kept], supervised[kept]
+        self.input_ids, self.labels = (mapped(folder / name, np.int32) for name in ("input_ids", "labels"))
+        chosen = choose_examples(folder, max_seq_length, overlong)
+        self.starts, self.rows = (mapped(chosen / name, np.int64) for name in ("starts", "rows"))
+        self.lengths, self.supervised = (mapped(chosen / name, np.int32) for name in ("lengths", "supervised"))
+        self.totals = json.loads((chosen / "totals.json").read_text(encoding="utf-8"))
+        self.overlong, self.nothing_to_train = self.totals["overlong"], self.totals["nothing_to_train"]
 
     def check(self, split: str):
         """Raises ValueError where nothing is left to train."""
@@ -412,6 +400,72 @@ class Examples:
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         place = slice(self.starts[i], self.starts[i] + self.lengths[i])
         return self.input_ids[place], self.labels[place]
+
+
+def mapped(path: Path, dtype) -> np.ndarray:
+    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype=dtype)
+
+
+def choose_examples(folder: Path, max_seq_length: int, overlong: str) -> Path:
+    """A folder in `folder` with files for the conversations that are trained: made now, or found. It goes through them
+    a part at a time, so that memory does not grow with them."""
+    chosen = folder / f"{overlong}-{max_seq_length}"
+    if chosen.is_dir():
+        return chosen
+    all_lengths, labels = mapped(folder / "lengths", np.int32), mapped(folder / "labels", np.int32)
+    names, types = ("starts", "rows", "lengths", "supervised"), (np.int64, np.int64, np.int32, np.int32)
+    totals = {"conversations": 0, "tokens": 0, "supervised": 0, "overlong": 0, "nothing_to_train": 0}
+
+    def write(temporary: Path):
+        at = 0  # in the tokens
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(open(temporary / name, "wb")) for name in names]
+            for first in range(0, len(all_lengths), 100_000):
+                lengths = all_lengths[first : first + 100_000].astype(np.int64)
+                ends = at + np.cumsum(lengths)
+                starts, too_long = ends - lengths, lengths > max_seq_length
+                if overlong == "error" and too_long.any():
+                    worst = int(np.flatnonzero(too_long)[0])
+                    raise ValueError(
+                        f"row {first + worst} has {lengths[worst]} tokens, more than data.max_seq_length = "
+                        f"{max_seq_length}; raise it, or set data.overlong=drop or truncate"
+                    )
+                if overlong == "truncate":
+                    lengths = np.minimum(lengths, max_seq_length)
+                trained = labels[at : ends[-1]] != templates.IGNORE_INDEX
+                trained[starts - at] = False  # the first token of a document is never predicted
+                sums = np.concatenate([[0], np.cumsum(trained, dtype=np.int64)])
+                supervised = sums[starts - at + lengths] - sums[starts - at]
+                kept = (supervised > 0) & (lengths <= max_seq_length)
+                rows = first + np.flatnonzero(kept)
+                for file, values, dtype in zip(
+                    files, (starts[kept], rows, lengths[kept], supervised[kept]), types, strict=True
+                ):
+                    values.astype(dtype).tofile(file)
+                totals["conversations"] += int(kept.sum())
+                totals["tokens"] += int(lengths[kept].sum())
+                totals["supervised"] += int(supervised[kept].sum())
+                totals["overlong"] += int(too_long.sum())
+                totals["nothing_to_train"] += int(((supervised == 0) & (lengths <= max_seq_length)).sum())
+                at = int(ends[-1])
+        (temporary / "totals.json").write_text(json.dumps(totals), encoding="utf-8")
+
+    return make_folder(chosen, write)
+
+
+def make_folder(folder: Path, write) -> Path:
+    """A folder that is there whole or not at all: `write` fills it under another name."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-"))
+    try:
+        write(temporary)
+        os.rename(temporary, folder)
+    except OSError:
+        if not folder.is_dir():  # else another process was first
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
 
 
 def tokenise(rows, tokenizer, chat_template: str, train_on: str, cache: Path, name: str, workers: int) -> Path:
@@ -431,41 +485,31 @@ def tokenise(rows, tokenizer, chat_template: str, train_on: str, cache: Path, na
     folder = cache / key.hexdigest()[:32]
     if folder.is_dir():
         return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=cache, prefix="unfinished-"))
-    try:
-        write_tokens(rows, tokenizer, chat_template, train_on, temporary, name, workers)
-        os.rename(temporary, folder)
-    except OSError:
-        if not folder.is_dir():  # else another process was first
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+    write = functools.partial(write_tokens, rows, tokenizer, chat_template, train_on, name, workers)
+    return make_folder(folder, write)
 
 
-def write_tokens(rows, tokenizer, chat_template, train_on, folder: Path, name: str, workers: int):
+def write_tokens(rows, tokenizer, chat_template, train_on, name: str, workers: int, folder: Path):
     size = 256
     chunks = [range(i, min(i + size, len(rows))) for i in range(0, len(rows), size)]
     encode_chunk = functools.partial(encode_rows, rows, tokenizer, chat_template, train_on, name)
-    lengths, digest = [], hashlib.sha256()
+    digest = hashlib.sha256()
     with (
         open(folder / "input_ids", "wb") as ids_file,
         open(folder / "labels", "wb") as labels_file,
+        open(folder / "lengths", "wb") as lengths_file,
         tqdm(total=len(rows), desc=f"tokenising {name}", unit=" rows", file=sys.stderr, mininterval=0.5) as bar,
     ):
         # fork: rows and tokenizer are shared with the workers as they are; macOS and Windows go without
         pool = multiprocessing.get_context("fork").Pool if sys.platform == "linux" and workers > 1 else None
         if pool is None or len(chunks) < 4:
             results = map(encode_chunk, chunks)
-            write_results(results, ids_file, labels_file, lengths, digest, bar)
+            write_results(results, (ids_file, labels_file, lengths_file), digest, bar)
         else:
             global forked
             forked = encode_chunk
             with pool(workers) as processes:
-                write_results(processes.imap(call_forked, chunks), ids_file, labels_file, lengths, digest, bar)
-    np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
-    digest.update(np.array(lengths, dtype=np.int64).tobytes())
+                write_results(processes.imap(call_forked, chunks), (ids_file, labels_file, lengths_file), digest, bar)
     (folder / "digest").write_text(digest.hexdigest(), encoding="utf-8")
 
 
@@ -477,13 +521,12 @@ def call_forked(chunk):
     return forked(chunk)
 
 
-def write_results(results, ids_file, labels_file, lengths: list, digest, bar):
-    for ids, labels, chunk_lengths in results:
-        for part, file in ((ids, ids_file), (labels, labels_file)):
+def write_results(results, files, digest, bar):
+    for parts in results:  # ids, labels, lengths
+        for part, file in zip(parts, files, strict=True):
             file.write(part.tobytes())
             digest.update(part.tobytes())
-        lengths.extend(chunk_lengths)
-        bar.update(len(chunk_lengths))
+        bar.update(len(parts[2]))
 
 
 def encode_rows(rows, tokenizer, chat_template, train_on, name, chunk):
@@ -499,7 +542,7 @@ def encode_rows(rows, tokenizer, chat_template, train_on, name, chunk):
             raise ValueError(f"{where}: {str(error).removeprefix(where.rpartition(':')[0] + ': ')}") from None
     ids = np.array([token for example in encoded for token in example.input_ids], dtype=np.int32)
     labels = np.array([token for example in encoded for token in example.labels], dtype=np.int32)
-    return ids, labels, [len(example.input_ids) for example in encoded]
+    return ids, labels, np.array([len(example.input_ids) for example in encoded], dtype=np.int32)
 
 
 def fingerprint(rows) -> str:

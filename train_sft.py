@@ -231,8 +231,8 @@ def prepare(cfg, rank: int, local_rank: int):
         sets.append(examples)
         if rank == 0:
             print(
-                f"{split}: {len(examples):,} conversations, {examples.lengths.sum():,} tokens, "
-                f"{examples.supervised.sum():,} supervised; {examples.overlong:,} overlong ({cfg.data.overlong}), "
+                f"{split}: {len(examples):,} conversations, {examples.totals['tokens']:,} tokens, "
+                f"{examples.totals['supervised']:,} supervised; {examples.overlong:,} overlong ({cfg.data.overlong}), "
                 f"{examples.nothing_to_train:,} with nothing to train left out"
             )
         examples.check(split)
@@ -436,8 +436,18 @@ def forward_backward(
 
 def clip(model, max_norm: float | None) -> float:
     """The norm of all gradients before clipping, over all ranks; they are clipped where `max_norm` is set."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm if max_norm is not None else math.inf)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    mesh = getattr(gradients[0], "device_mesh", None)
+    if mesh is not None:
+        gradients = [gradient.to_local() for gradient in gradients]
+    # squares in float64: through DTensor's own sum of shards in float32 the norm would be off by 1e-5
+    squares = torch.nn.utils.get_total_norm(gradients).double().square()
+    if mesh is not None:
+        dist.all_reduce(squares, group=mesh.get_group("shard"))
+    norm = squares.sqrt()
+    if max_norm is not None:
+        torch._foreach_mul_(gradients, (max_norm / norm).clamp(max=1.0).float())
+    return float(norm)
 
 
 def all_sum(value: torch.Tensor) -> torch.Tensor:

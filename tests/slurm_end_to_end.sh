@@ -39,7 +39,10 @@ assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), "the we
 shown = [json.loads(line)["step"] for line in open(f"{other}/metrics.jsonl") if "train/loss" in line]
 assert shown == list(range(1, steps + 1)), "a step is missing or there twice"
 PY
-    echo "ok: $1: $(grep -c ' queued ' "$out/$1.log") starts, job $(scontrol show job "$2" | grep -oP 'JobState=\K\w+'), weights equal"
+    local starts requeued
+    starts=$(grep -c ' queued ' "$out/$1.log") requeued=$(scontrol show job "$2" | grep -oP 'Restarts=\K\d+')
+    [ "$1" = plain ] || [ $((starts - 1 + requeued)) -gt 0 ] || fail "$1" "was not disturbed: nothing was tested"
+    echo "ok: $1: $starts starts, queued again $requeued time(s), weights equal"
 }
 
 USER=${USER:-$(id -un)}
@@ -63,8 +66,8 @@ for name in "$@"; do
             sleep 2
             scancel --batch --signal=USR1 "$job"
             ;;
-        limit) # one minute, and told 25 seconds before; with a step every 0.4 s it takes more than one
-            job=$(submit limit --time 1 --signal B:USR1@25)
+        limit) # one minute, and told 45 seconds before
+            job=$(submit limit --time 1 --signal B:USR1@45)
             ;;
         cancel)
             job=$(submit cancel)
