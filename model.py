@@ -240,18 +240,36 @@ class PackedLoss(torch.nn.Module):
 
     def __init__(self, model, plain_head: bool):
         super().__init__()
-        self.model, self.plain_head = model, plain_head
+        self.model, self.plain_head, self.positions = model, plain_head, None
+        mlp = getattr(blocks(model)[-1], "mlp", None)
+        computed_again = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        if plain_head and type(mlp).__name__.endswith("MLP") and not computed_again:
+            # What the last block makes of the other positions, nobody reads. (A block that is computed again in the
+            # backward pass would be so without the positions.)
+            mlp.register_forward_pre_hook(self.gather)
+            mlp.register_forward_hook(self.scatter)
 
     def forward(self, batch: dict) -> torch.Tensor:
         arguments = {name: batch[name] for name in ("input_ids", "position_ids", "document_ends")}
         positions, targets = batch["positions"], batch["targets"]  # (supervised,)
         if self.plain_head:
+            self.positions, self.tokens = positions, batch["input_ids"].shape[1]
             hidden = self.model.get_decoder()(**arguments, use_cache=False).last_hidden_state[0]  # (tokens, hidden)
+            self.positions = None
             return HeadLoss.apply(hidden[positions], self.model.get_output_embeddings().weight, targets)
         logits = self.model(**arguments, use_cache=False, logits_to_keep=positions).logits[
             0
         ]  # (supervised, vocabulary)
         return F.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=IGNORE_INDEX)
+
+    def gather(self, mlp, arguments):
+        if self.positions is not None:
+            return (arguments[0][:, self.positions],)  # (1, supervised, hidden)
+
+    def scatter(self, mlp, arguments, output):
+        if self.positions is not None:
+            everywhere = output.new_zeros(1, self.tokens, output.shape[2])  # (1, tokens, hidden)
+            return everywhere.index_copy(1, self.positions, output)
 
 
 class HeadLoss(torch.autograd.Function):
