@@ -568,33 +568,28 @@ def collate(examples: Examples, row: list[int], device="cpu") -> dict:
     """A packed row: documents one after the other.
 
     input_ids, position_ids (1, tokens) int64, positions that start at 0 in each document; document_ends: where each
-    document ends, ints; positions (supervised,) int64: where in the row a token has to be predicted that is trained;
-    targets (supervised,) int64: that token. The first token of a document is never predicted. A row without documents
-    is one token that trains nothing: one target of -100.
+    document ends, ints; document_starts: 0 and the ends, (documents + 1,) int32; positions (supervised,) int64: where
+    in the row a token has to be predicted that is trained; targets (supervised,) int64: that token. The first token of
+    a document is never predicted. A row without documents is one token that trains nothing: one target of -100.
     """
-    if not row:
-        zero = torch.zeros(1, 1, dtype=torch.long, device=device)
-        nothing = torch.full((1,), templates.IGNORE_INDEX, device=device)
-        return {
-            "input_ids": zero, "position_ids": zero, "document_ends": [1], "positions": zero[0], "targets": nothing
-        }  # fmt: skip
-    documents = [examples[i] for i in row]
-    lengths = [len(ids) for ids, _ in documents]
     none = np.array([templates.IGNORE_INDEX])
-    input_ids = np.concatenate([ids for ids, _ in documents]).astype(np.int64)
-    position_ids = np.concatenate([np.arange(length) for length in lengths])
-    labels = np.concatenate([part for _, labels in documents for part in (labels[1:], none)]).astype(np.int64)
+    documents = [examples[i] for i in row] or [(np.zeros(1), none)]
+    lengths = [len(ids) for ids, _ in documents]
+    ends = np.cumsum(lengths).tolist()
+    labels = np.concatenate([part for _, labels in documents for part in (labels[1:], none)])
     positions = np.flatnonzero(labels != templates.IGNORE_INDEX)
+    positions = positions if len(positions) else np.zeros(1)
+
+    def tensor(array, dtype=torch.int64):
+        made = torch.from_numpy(np.asarray(array)).to(dtype)
+        # (from pinned memory a GPU copies while the host goes on)
+        return made.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else made
+
     return {
-        "input_ids": to_device(input_ids[None], device),  # (1, tokens)
-        "position_ids": to_device(position_ids[None], device),  # (1, tokens)
-        "document_ends": np.cumsum(lengths).tolist(),
-        "positions": to_device(positions, device),  # (supervised,)
-        "targets": to_device(labels[positions], device),  # (supervised,)
+        "input_ids": tensor(np.concatenate([ids for ids, _ in documents]))[None],  # (1, tokens)
+        "position_ids": tensor(np.concatenate([np.arange(length) for length in lengths]))[None],  # (1, tokens)
+        "document_ends": ends,
+        "document_starts": tensor([0, *ends], torch.int32),  # (documents + 1,)
+        "positions": tensor(positions),  # (supervised,)
+        "targets": tensor(labels[positions.astype(np.int64)]),  # (supervised,)
     }
-
-
-def to_device(array: np.ndarray, device) -> torch.Tensor:
-    """Without waiting for the copy on a GPU."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor

@@ -69,7 +69,9 @@ def varlen_attention(module, query, key, value, attention_mask, scaling=None, dr
         raise ValueError("this model has attention dropout, which varlen does not; set model.attention=sdpa")
     tokens, window = query.shape[2], kwargs.get("sliding_window")
     ends = kwargs.get("document_ends") or [tokens]
-    starts = torch.tensor([0, *ends], dtype=torch.int32, device=query.device)
+    starts = kwargs.get("document_starts")
+    if starts is None:
+        starts = torch.tensor([0, *ends], dtype=torch.int32, device=query.device)
     longest = max(end - start for start, end in zip([0, *ends], ends, strict=False))
     if key.shape[1] != query.shape[1]:
         key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
@@ -241,32 +243,34 @@ class PackedLoss(torch.nn.Module):
     def __init__(self, model, plain_head: bool):
         super().__init__()
         self.model, self.plain_head, self.positions = model, plain_head, None
-        mlp = getattr(blocks(model)[-1], "mlp", None)
         computed_again = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-        if plain_head and type(mlp).__name__.endswith("MLP") and not computed_again:
-            # What the last block makes of the other positions, nobody reads. (A block that is computed again in the
-            # backward pass would be so without the positions.)
-            mlp.register_forward_pre_hook(self.gather)
-            mlp.register_forward_hook(self.scatter)
+        if plain_head and not computed_again:
+            # What the last block makes of the other positions behind its attention, nobody reads. (A block that is
+            # computed again in the backward pass would be so without the positions.)
+            block = blocks(model)[-1]
+            for module in (getattr(block, "mlp", None), getattr(getattr(block, "self_attn", None), "o_proj", None)):
+                if type(module).__name__.endswith(("MLP", "Linear")):
+                    module.register_forward_pre_hook(self.gather)
+                    module.register_forward_hook(self.scatter)
 
     def forward(self, batch: dict) -> torch.Tensor:
-        arguments = {name: batch[name] for name in ("input_ids", "position_ids", "document_ends")}
+        names = ("input_ids", "position_ids", "document_ends", "document_starts")
+        arguments = {name: batch[name] for name in names}
         positions, targets = batch["positions"], batch["targets"]  # (supervised,)
         if self.plain_head:
             self.positions, self.tokens = positions, batch["input_ids"].shape[1]
             hidden = self.model.get_decoder()(**arguments, use_cache=False).last_hidden_state[0]  # (tokens, hidden)
             self.positions = None
             return HeadLoss.apply(hidden[positions], self.model.get_output_embeddings().weight, targets)
-        logits = self.model(**arguments, use_cache=False, logits_to_keep=positions).logits[
-            0
-        ]  # (supervised, vocabulary)
+        output = self.model(**arguments, use_cache=False, logits_to_keep=positions)
+        logits = output.logits[0]  # (supervised, vocabulary)
         return F.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=IGNORE_INDEX)
 
-    def gather(self, mlp, arguments):
+    def gather(self, module, arguments):
         if self.positions is not None:
             return (arguments[0][:, self.positions],)  # (1, supervised, hidden)
 
-    def scatter(self, mlp, arguments, output):
+    def scatter(self, module, arguments, output):
         if self.positions is not None:
             everywhere = output.new_zeros(1, self.tokens, output.shape[2])  # (1, tokens, hidden)
             return everywhere.index_copy(1, self.positions, output)
@@ -288,7 +292,7 @@ class HeadLoss(torch.autograd.Function):
         h, w = hidden.to(dtype), weight.to(dtype)
         for_hidden, for_weight, _ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(h) if for_hidden else None
-        grad_weight = torch.zeros_like(weight) if for_weight else None
+        grad_weight = None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         with torch.autocast(kind, enabled=False):
             for rows in range(0, len(h), max(1, HeadLoss.LOGITS // len(w))):
@@ -306,7 +310,8 @@ class HeadLoss(torch.autograd.Function):
                 if for_hidden:
                     torch.mm(gradient, w, out=grad_hidden[chunk])
                 if for_weight:
-                    grad_weight += gradient.T @ h[chunk]
+                    part = gradient.T @ h[chunk]  # (vocabulary, hidden)
+                    grad_weight = part.to(weight.dtype) if grad_weight is None else grad_weight.add_(part)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtype = hidden.dtype
         return loss

@@ -10,6 +10,7 @@ The settings take turns, so that all of them meet the machine's good and bad min
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import resource
 import statistics
@@ -245,7 +246,10 @@ def train_trl(name, work, folder, device) -> dict:
 
     meter = Meter(device == "cuda")
     options = {"per_device_train_batch_size": work["micro_batch"], **TRL[name]}
-    options["gradient_accumulation_steps"] = work["batch"] // options["per_device_train_batch_size"]
+    if options.get("packing"):  # a packed row of 1,024 tokens holds about five conversations
+        options["per_device_train_batch_size"] = math.ceil(work["batch"] / 5)
+    else:
+        options["gradient_accumulation_steps"] = work["batch"] // options["per_device_train_batch_size"]
     config = SFTConfig(
         output_dir=str(folder / "trl"), report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
         bf16=work["dtype"] == "bfloat16", max_steps=WARM_UP + work["steps"], **options,
