@@ -78,7 +78,10 @@ def pack(indices, lengths, world_size: int, max_tokens: int) -> list[list[list[i
             break
         rounds += 1
     rows.sort(key=lambda row: -cost(row, lengths))
-    return [[sorted(row) for row in rows[rank::world_size]] for rank in range(world_size)]
+    turns = [rows[i : i + world_size] for i in range(0, len(rows), world_size)]
+    # There and back again, so that no rank gets the largest row of every turn
+    turns = [turn if n % 2 == 0 else turn[::-1] for n, turn in enumerate(turns)]
+    return [[sorted(turn[rank]) for turn in turns] for rank in range(world_size)]
 
 
 def cost(row: list[int], lengths) -> float:
