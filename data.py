@@ -459,6 +459,10 @@ def make_folder(folder: Path, write) -> Path:
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-"))
     try:
         write(temporary)
+        for path in temporary.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())  # a name that is there stands for a file that is
+        os.chmod(temporary, 0o755)  # others may share the cache
         os.rename(temporary, folder)
     except OSError:
         if not folder.is_dir():  # else another process was first
@@ -568,17 +572,18 @@ def collate(examples: Examples, row: list[int], device="cpu") -> dict:
     """A packed row: documents one after the other.
 
     input_ids, position_ids (1, tokens) int64, positions that start at 0 in each document; document_ends: where each
-    document ends, ints; document_starts: 0 and the ends, (documents + 1,) int32; positions (supervised,) int64: where
-    in the row a token has to be predicted that is trained; targets (supervised,) int64: that token. The first token of
-    a document is never predicted. A row without documents is one token that trains nothing: one target of -100.
+    document ends, (documents,) int64, on the CPU; document_starts: 0 and the ends, (documents + 1,) int32; positions
+    (supervised,) int64: where in the row a token has to be predicted that is trained; targets (supervised,) int64: that
+    token. The first token of a document is never predicted. A row without documents is one token that trains nothing:
+    one target of -100.
     """
     none = np.array([templates.IGNORE_INDEX])
-    documents = [examples[i] for i in row] or [(np.zeros(1), none)]
+    documents = [examples[i] for i in row] or [(np.zeros(1, dtype=np.int32), none)]
     lengths = [len(ids) for ids, _ in documents]
     ends = np.cumsum(lengths).tolist()
     labels = np.concatenate([part for _, labels in documents for part in (labels[1:], none)])
     positions = np.flatnonzero(labels != templates.IGNORE_INDEX)
-    positions = positions if len(positions) else np.zeros(1)
+    positions = positions if len(positions) else np.zeros(1, dtype=np.int64)
 
     def tensor(array, dtype=torch.int64):
         made = torch.from_numpy(np.asarray(array)).to(dtype)
@@ -588,8 +593,8 @@ def collate(examples: Examples, row: list[int], device="cpu") -> dict:
     return {
         "input_ids": tensor(np.concatenate([ids for ids, _ in documents]))[None],  # (1, tokens)
         "position_ids": tensor(np.concatenate([np.arange(length) for length in lengths]))[None],  # (1, tokens)
-        "document_ends": ends,
+        "document_ends": torch.tensor(ends),  # (documents,)
         "document_starts": tensor([0, *ends], torch.int32),  # (documents + 1,)
         "positions": tensor(positions),  # (supervised,)
-        "targets": tensor(labels[positions.astype(np.int64)]),  # (supervised,)
+        "targets": tensor(labels[positions]),  # (supervised,)
     }

@@ -28,16 +28,17 @@ IGNORE_INDEX = -100
 # ---- attention within documents --------------------------------------------------------------------------------------
 
 
+@torch.compiler.disable  # the number of documents is another one in each row
 def document_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     """Causal attention of each document of a packed row to itself, SDPA called once per document.
 
-    query (1, heads, tokens, head_dim); key and value with as many heads or fewer; document_ends: ints. Returns
+    query (1, heads, tokens, head_dim); key and value with as many heads or fewer; document_ends: int64, CPU. Returns
     (1, tokens, heads, head_dim). Without document_ends the row is one document. Registered with transformers.
     """
     refuse_unknown(module, kwargs)
     window = kwargs.get("sliding_window")
     tokens = query.shape[2]
-    ends = kwargs.get("document_ends") or [tokens]
+    ends = ends_of_documents(kwargs, tokens)
     lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
     outputs = []
     # (split: the gradient of slices would be a whole row of zeros for each document)
@@ -60,6 +61,7 @@ def document_attention(module, query, key, value, attention_mask, scaling=None, 
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
+@torch.compiler.disable
 def varlen_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     """As `document_attention`, in one call of torch's variable-length flash attention: CUDA, bfloat16."""
     from torch.nn.attention.varlen import varlen_attn
@@ -68,7 +70,7 @@ def varlen_attention(module, query, key, value, attention_mask, scaling=None, dr
     if dropout:
         raise ValueError("this model has attention dropout, which varlen does not; set model.attention=sdpa")
     tokens, window = query.shape[2], kwargs.get("sliding_window")
-    ends = kwargs.get("document_ends") or [tokens]
+    ends = ends_of_documents(kwargs, tokens)
     starts = kwargs.get("document_starts")
     if starts is None:
         starts = torch.tensor([0, *ends], dtype=torch.int32, device=query.device)
@@ -79,6 +81,11 @@ def varlen_attention(module, query, key, value, attention_mask, scaling=None, dr
     window_size = (window - 1 if window else -1, 0)
     output = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=window_size)
     return output[None], None
+
+
+def ends_of_documents(kwargs, tokens: int) -> list[int]:
+    ends = kwargs.get("document_ends")
+    return [tokens] if ends is None else ends.tolist()
 
 
 def refuse_unknown(module, kwargs):
@@ -147,7 +154,7 @@ def keeps_documents_apart(model, dtype: torch.dtype) -> bool:
 
     def logits_of_second(*documents):
         positions = torch.cat([torch.arange(d.shape[1]) for d in documents])[None]
-        ends = torch.tensor([d.shape[1] for d in documents]).cumsum(0).tolist()
+        ends = torch.tensor([d.shape[1] for d in documents]).cumsum(0)
         ids, positions = torch.cat(documents, dim=1).to(device), positions.to(device)
         logits = model(ids, position_ids=positions, document_ends=ends, use_cache=False).logits[0].float()
         at = 0 if len(documents) == 1 else 7
@@ -193,9 +200,9 @@ def blocks(model) -> torch.nn.ModuleList:
 
 def parallelise(model, config, strategy: str, world_size: int, device: torch.device):
     """(the `PackedLoss` to call, or DDP around it; the model in it, which holds the weights)."""
-    if not config.parallel.cpu_offload:
+    if not (strategy == "fsdp" and config.parallel.cpu_offload):
         model.to(device)
-    loss = PackedLoss(model, has_plain_head(model))
+    loss = PackedLoss(model, has_plain_head(model), config.model.compile)
     if config.model.compile:
         for block in blocks(model):
             block.compile(dynamic=True)
@@ -217,7 +224,9 @@ def parallelise(model, config, strategy: str, world_size: int, device: torch.dev
         register_fsdp_forward_method(model, "packed_loss")
         loss.forward = model.packed_loss
         return loss, model
-    return (loss if world_size == 1 else DistributedDataParallel(loss, gradient_as_bucket_view=True)), model
+    if world_size == 1:
+        return loss, model
+    return DistributedDataParallel(loss, gradient_as_bucket_view=True, broadcast_buffers=False), model
 
 
 def compute_dtype(config) -> torch.dtype:
@@ -240,16 +249,16 @@ class PackedLoss(torch.nn.Module):
     `has_plain_head`.
     """
 
-    def __init__(self, model, plain_head: bool):
+    def __init__(self, model, plain_head: bool, compiled: bool = False):
         super().__init__()
-        self.model, self.plain_head, self.positions = model, plain_head, None
+        self.model, self.plain_head, self.positions, self.tokens = model, plain_head, None, 0
         computed_again = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-        if plain_head and not computed_again:
+        if plain_head and not computed_again and not compiled:
             # What the last block makes of the other positions behind its attention, nobody reads. (A block that is
-            # computed again in the backward pass would be so without the positions.)
+            # computed again in the backward pass would be so without the positions, and compiled ones share a graph.)
             block = blocks(model)[-1]
             for module in (getattr(block, "mlp", None), getattr(getattr(block, "self_attn", None), "o_proj", None)):
-                if type(module).__name__.endswith(("MLP", "Linear")):
+                if goes_by_position(module, model):
                     module.register_forward_pre_hook(self.gather)
                     module.register_forward_hook(self.scatter)
 
@@ -259,9 +268,12 @@ class PackedLoss(torch.nn.Module):
         positions, targets = batch["positions"], batch["targets"]  # (supervised,)
         if self.plain_head:
             self.positions, self.tokens = positions, batch["input_ids"].shape[1]
-            hidden = self.model.get_decoder()(**arguments, use_cache=False).last_hidden_state[0]  # (tokens, hidden)
-            self.positions = None
-            return HeadLoss.apply(hidden[positions], self.model.get_output_embeddings().weight, targets)
+            try:
+                hidden = self.model.get_decoder()(**arguments, use_cache=False).last_hidden_state[0]  # (tokens, hidden)
+            finally:
+                self.positions = None
+            weight = self.model.get_output_embeddings().weight
+            return HeadLoss.apply(hidden[positions], weight, targets, torch.is_grad_enabled())
         output = self.model(**arguments, use_cache=False, logits_to_keep=positions)
         logits = output.logits[0]  # (supervised, vocabulary)
         return F.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=IGNORE_INDEX)
@@ -286,11 +298,11 @@ class HeadLoss(torch.autograd.Function):
     LOGITS = 2**26  # at once: 256 MiB in float32
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets):
+    def forward(ctx, hidden, weight, targets, with_gradient: bool):
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         h, w = hidden.to(dtype), weight.to(dtype)
-        for_hidden, for_weight, _ = ctx.needs_input_grad
+        for_hidden, for_weight = (with_gradient and needed for needed in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(h) if for_hidden else None
         grad_weight = None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -310,18 +322,19 @@ class HeadLoss(torch.autograd.Function):
                 if for_hidden:
                     torch.mm(gradient, w, out=grad_hidden[chunk])
                 if for_weight:
-                    part = gradient.T @ h[chunk]  # (vocabulary, hidden)
-                    grad_weight = part.to(weight.dtype) if grad_weight is None else grad_weight.add_(part)
+                    part = (gradient.T @ h[chunk]).float()  # (vocabulary, hidden)
+                    grad_weight = part if grad_weight is None else grad_weight.add_(part)
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.dtype = hidden.dtype
+        ctx.dtypes = hidden.dtype, weight.dtype
         return loss
 
     @staticmethod
     def backward(ctx, scale):
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
-            None if grad_hidden is None else (grad_hidden * scale).to(ctx.dtype),
-            None if grad_weight is None else grad_weight.mul_(scale),
+            None if grad_hidden is None else (grad_hidden * scale).to(ctx.dtypes[0]),
+            None if grad_weight is None else grad_weight.mul_(scale).to(ctx.dtypes[1]),
+            None,
             None,
         )
 
@@ -330,16 +343,32 @@ class HeadLoss(torch.autograd.Function):
 def has_plain_head(model) -> bool:
     """Whether the model's logits are its last hidden states times the output weights, with no scale, cap or bias after
     them: measured."""
-    attention = model.config._attn_implementation
+    attention, head, was_training = model.config._attn_implementation, model.get_output_embeddings(), model.training
+    model.eval()
     model.set_attn_implementation("eager")  # the head is looked at, on any device
+    hook = head.register_forward_hook(lambda module, arguments, output: output * 1000)  # a cap shows on large logits
     ids = torch.arange(4, device=model.device)[None]
     hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     logits = model(input_ids=ids, use_cache=False).logits
+    hook.remove()
     model.set_attn_implementation(attention)
-    plain = hidden @ model.get_output_embeddings().weight.T
-    return plain.shape == logits.shape and torch.allclose(
-        plain, logits, rtol=1e-3, atol=1e-4 * float(logits.abs().max())
-    )
+    model.train(was_training)
+    plain = 1000 * (hidden @ head.weight.T)
+    tolerance = {"rtol": 1e-3, "atol": 1e-4 * float(logits.abs().max())}
+    return plain.shape == logits.shape and torch.allclose(plain, logits, **tolerance)
+
+
+@torch.no_grad()
+def goes_by_position(module, model) -> bool:
+    """Whether a block's part is an MLP or a linear layer that makes one tensor of one, each position for itself."""
+    if not type(module).__name__.endswith(("MLP", "Linear")):
+        return False
+    width = getattr(module, "in_features", model.config.get_text_config().hidden_size)
+    try:
+        made = module(torch.zeros(1, 3, width, device=model.device, dtype=model.dtype))
+    except Exception:  # it takes more than one argument
+        return False
+    return isinstance(made, torch.Tensor) and made.shape[:2] == (1, 3)
 
 
 def make_optimizer(model, train) -> torch.optim.AdamW:
@@ -365,7 +394,7 @@ def learning_rate(train, step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, stop_ids: list[int], synced=False):
+def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, stop_ids: list[int]):
     """Greedy answers (lists of ids, without what comes after the first stop id) to prompts of token ids, as a batch."""
     attention, was_training = model.config._attn_implementation, model.training
     model.eval()
@@ -385,7 +414,7 @@ def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, st
         eos_token_id=stop_ids,
         pad_token_id=pad,
         use_cache=True,
-        synced_gpus=synced,
+        synced_gpus=any(hasattr(p, "placements") for p in model.parameters()),  # sharded: all ranks or none
     )[:, longest:].tolist()
     model.set_attn_implementation(attention)
     model.train(was_training)

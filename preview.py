@@ -337,7 +337,12 @@ def saved_bytes(model, tokens: int, supervised: int, autocast: torch.dtype | Non
     ):
         positions = torch.zeros(max(1, supervised), dtype=torch.long)
         starts = torch.tensor([0, tokens], dtype=torch.int32)
-        batch = {"input_ids": ids, "position_ids": ids, "document_ends": [tokens], "document_starts": starts}
+        batch = {
+            "input_ids": ids,
+            "position_ids": ids,
+            "document_ends": torch.tensor([tokens]),
+            "document_starts": starts,
+        }
         modelling.PackedLoss(model, plain_head=True)({**batch, "positions": positions, "targets": positions})
     return sum(count for count, _ in kept.values())
 

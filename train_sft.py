@@ -38,7 +38,7 @@ USAGE = "usage: train_sft.py [CONFIG.yaml | --config CONFIG.yaml] [KEY=VALUE ...
 
 
 def main():
-    began, started = time.monotonic(), time.time()
+    began, started = time.monotonic(), float(os.environ.get("SFT_STARTED", time.time()))  # slurm/train.sbatch sets it
     cfg = read_command_line(sys.argv[1:])
     rank, local_rank, world_size = launch(cfg)
     output_dir = Path(cfg.output_dir)
@@ -394,6 +394,7 @@ def train(
 
     watchdog.at("waiting for the last checkpoint to be written")
     wait_for_writer()
+    watchdog.watching = False  # rank 0 may take its time
     if rank == 0 and watchdog.step < steps:
         reason = reason or "another rank was asked to stop"
         checkpoint.write_status(output_dir, "stopped", step, reason)

@@ -172,8 +172,8 @@ class Meter:
         return peak / 2**30
 
     def count(self, tokens, supervised):
-        self.tokens[-1] += int(tokens)
-        self.supervised[-1] += int(supervised)
+        self.tokens[-1] += tokens  # (a tensor stays where it is: the device is not waited for)
+        self.supervised[-1] += supervised
 
     def after_step(self, *_):
         if self.cuda:
@@ -187,9 +187,9 @@ class Meter:
         seconds = self.times[-1] - self.times[WARM_UP - 1]
         timed = slice(WARM_UP, len(self.times))
         return {
-            "tokens_per_second": sum(self.tokens[timed]) / seconds,
-            "supervised_per_second": sum(self.supervised[timed]) / seconds,
-            "tokens": sum(self.tokens[timed]),
+            "tokens_per_second": int(sum(self.tokens[timed])) / seconds,
+            "supervised_per_second": int(sum(self.supervised[timed])) / seconds,
+            "tokens": int(sum(self.tokens[timed])),
             "seconds": seconds,
             "peak": self.peak,
             "imports": self.imports,
@@ -247,7 +247,9 @@ def train_trl(name, work, folder, device) -> dict:
     meter = Meter(device == "cuda")
     options = {"per_device_train_batch_size": work["micro_batch"], **TRL[name]}
     if options.get("packing"):  # a packed row of 1,024 tokens holds about five conversations
-        options["per_device_train_batch_size"] = math.ceil(work["batch"] / 5)
+        rows = math.ceil(work["batch"] / 5)
+        options["per_device_train_batch_size"] = min(rows, 4)
+        options["gradient_accumulation_steps"] = math.ceil(rows / 4)
     else:
         options["gradient_accumulation_steps"] = work["batch"] // options["per_device_train_batch_size"]
     config = SFTConfig(

@@ -6,7 +6,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GraniteConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+)
 
 import config
 import data
@@ -110,7 +120,7 @@ def test_a_head_with_a_cap_a_scale_or_a_bias_is_left_to_the_model():
     shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "attn_implementation": "eager"}
     for made in (
-        Gemma2Config(**shape, final_logit_softcapping=0.5, pad_token_id=0),
+        Gemma2Config(**shape, final_logit_softcapping=30.0, pad_token_id=0),
         GraniteConfig(**shape, logits_scaling=8.0, pad_token_id=0),
     ):
         model = AutoModelForCausalLM.from_config(made)
@@ -121,6 +131,27 @@ def test_a_head_with_a_cap_a_scale_or_a_bias_is_left_to_the_model():
             ids, labels = (torch.tensor(x[None].astype(np.int64)) for x in examples[i])
             wanted += model(ids, labels=labels).loss.item() * int((labels[:, 1:] != -100).sum())
         assert sum(loss(data.collate(examples, [i])).item() for i in range(2)) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.1),
+        Qwen3Config(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                    num_key_value_heads=2, head_dim=8),
+        GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4),
+    ],
+    ids=["Bloom", "Qwen3", "GPT-2"],
+)  # fmt: skip
+def test_what_the_last_block_is_spared_changes_no_gradient_of_other_models(made):
+    examples, gradients = Examples([40, 9, 23], [31, 2, 1]), []
+    for plain_head in (True, False):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(made, attn_implementation="eager").eval()
+        assert modelling.has_plain_head(model)
+        modelling.PackedLoss(model, plain_head)(data.collate(examples, [0])).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert (gradients[0] - gradients[1]).norm() / gradients[1].norm() < 1e-6
 
 
 def test_documents_are_kept_apart_and_a_leak_is_found():
