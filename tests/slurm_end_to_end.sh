@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 export PYTHON=${PYTHON:-.venv/bin/python}
 export OMP_NUM_THREADS=1 # the nodes may be one machine
 out=${OUT:-results/slurm-test}
-steps=${STEPS:-120}
+steps=${STEPS:-300}
 rm -rf "$out" && mkdir -p "$out"
 
 submit() { # NAME [sbatch flags]: the job's id
