@@ -17,8 +17,8 @@ import checkpoint
     "fault, said",
     [
         ("1:3:raise", "error: rank 1: IndexError: a mistake in the code"),
-        ("1:3:SIGKILL", r"error: rank 1 \(process \d+ on .*\) at .* after [12] steps: ended without a word"),
-        ("0:3:SIGKILL", r"error: rank 0 \(process \d+ on .*\) at .* after [12] steps: ended without a word"),
+        ("1:3:SIGKILL", r"error: rank 1 \(process \d+ on .*\) at .*: ended without a word"),
+        ("0:3:SIGKILL", r"error: rank 0 \(process \d+ on .*\) at .*: ended without a word"),
         (
             "1:3:hang",
             r"error: no progress for 4 s .*: rank 1 \(.*\) at row 1 of 1 after 2 steps, .* in clip_with_fault",
