@@ -24,7 +24,6 @@ import torch.distributed.checkpoint as dcp
 import yaml
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 import model as modelling
@@ -56,30 +55,19 @@ def newest_whole(output_dir: Path) -> Path | None:
     return next((folder for folder in reversed(find(output_dir)) if damage(folder) is None), None)
 
 
-def damage(folder: Path) -> str | None:
-    """What is missing in a checkpoint: the sizes of its files, and all that the small ones hold; None: nothing is."""
+def damage(folder: Path, thorough: bool = False) -> str | None:
+    """What is missing in a checkpoint: the sizes of its files, and all that the small ones hold (`thorough`: that
+    all of them hold); None: nothing is."""
     try:
-        for name, (size, checksum) in json.loads((folder / "metrics.json").read_text(encoding="utf-8"))[
-            "files"
-        ].items():
+        files = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["files"]
+        for name, (size, checksum) in files.items():
             there = (folder / name).stat().st_size
             if there != size:
                 return f"{name} has {there:,} bytes of {size:,}"
-            if size < 2**20 and crc32(folder / name) != checksum:
+            if (thorough or size < 2**20) and crc32(folder / name) != checksum:
                 return f"{name} has changed since it was written"
     except Exception as error:  # whatever a damaged file brings about
         return f"{type(error).__name__}: {error}"
-    return None
-
-
-def changed(folder: Path) -> str | None:
-    """As `damage`, but it reads everything."""
-    if problem := damage(folder):
-        return problem
-    files = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["files"]
-    for name, (_, checksum) in files.items():
-        if crc32(folder / name) != checksum:
-            return f"{name} has changed since it was written"
     return None
 
 
@@ -268,7 +256,7 @@ class Writer:
     def save(self, step: int, model, optimizer, figures: dict):
         """Every rank calls it. The checkpoint before has to be `done`."""
         state = state_of(model, optimizer)
-        if dist.is_initialized() and not any(isinstance(p, DTensor) for p in model.parameters()):
+        if dist.is_initialized() and not modelling.is_sharded(model):
             # Every rank has all of it: each copies and writes its share
             share = slice(self.rank, None, dist.get_world_size())
             state = {kind: dict([*part.items()][share]) for kind, part in state.items()}
@@ -423,7 +411,7 @@ def list_checkpoints(output_dir: Path) -> bool:
         print(f"{output_dir}: {status.read_text(encoding='utf-8').strip()}")
     whole = {}
     for folder in found:
-        problem = changed(folder)
+        problem = damage(folder, thorough=True)
         whole[folder] = problem is None
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         loss = loss_of(folder) if whole[folder] else float("inf")

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
@@ -229,6 +230,10 @@ def parallelise(model, config, strategy: str, world_size: int, device: torch.dev
     return DistributedDataParallel(loss, gradient_as_bucket_view=True, broadcast_buffers=False), model
 
 
+def is_sharded(model) -> bool:
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
 def compute_dtype(config) -> torch.dtype:
     return getattr(torch, config.model.dtype)
 
@@ -414,7 +419,7 @@ def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, st
         eos_token_id=stop_ids,
         pad_token_id=pad,
         use_cache=True,
-        synced_gpus=any(hasattr(p, "placements") for p in model.parameters()),  # sharded: all ranks or none
+        synced_gpus=is_sharded(model),  # it runs on all ranks or none
     )[:, longest:].tolist()
     model.set_attn_implementation(attention)
     model.train(was_training)

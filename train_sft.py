@@ -513,7 +513,7 @@ def exact_match(cfg, model, tokenizer, examples, stop_ids, world_size: int, rank
     """Share of the validation turns that the model answers, greedily, with the very text of the reference."""
     turns = [turn for i in range(min(cfg.validation.exact_match, len(examples))) for turn in turns_of(examples, i)]
     turns.sort(key=lambda turn: len(turn[0]))
-    sharded = any(hasattr(p, "placements") for p in model.parameters())
+    sharded = modelling.is_sharded(model)
     mine = turns if sharded else turns[rank::world_size]  # a sharded model runs on all ranks or none
     right = 0
     for at in range(0, len(mine), 64):
