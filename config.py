@@ -61,7 +61,11 @@ class Tokenizer:
 
 @dataclass
 class Data:
-    dataset: str = key("squad", "squad | openassistant | my_data.py:MyDataset | chats.jsonl | a Hub id")
+    dataset: str | list = key(
+        "squad",
+        "squad | openassistant | my_data.py:MyDataset | a file, glob or folder of chats | a Hub id | a mixture: a list "
+        "of {dataset: ..., args: {...}, weight: 1}, weight: passes over it in an epoch",
+    )
     args: dict = key({}, "keyword arguments of that dataset class")
     max_seq_length: int = key(1024, "tokens; a longer conversation is overlong", minimum=2)
     overlong: str = key("drop", "what happens to a longer conversation", choices=["drop", "truncate", "error"])
@@ -287,6 +291,7 @@ def check(config: Config):
         )
     if checkpoint.must_save_by is not None and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", checkpoint.must_save_by):
         raise ValueError(f"checkpoint.must_save_by = {checkpoint.must_save_by!r} must be DD:HH:MM:SS, as 00:03:45:00")
+    check_mixture(config.data)
     for name, asked, instead in [
         ("model.lora.rank", config.model.lora.rank > 0, "0"),
         ("parallel.context", config.parallel.context > 1, "1"),
@@ -295,6 +300,30 @@ def check(config: Config):
             raise ValueError(f"{name}: is not implemented yet; set it to {instead}")
     if config.parallel.strategy == "ddp" and (config.parallel.replicas > 1 or config.parallel.cpu_offload):
         raise ValueError("parallel.replicas and parallel.cpu_offload need parallel.strategy=fsdp")
+
+
+def check_mixture(data: Data):
+    """The entries of a list in data.dataset."""
+    if isinstance(data.dataset, str):
+        return
+    if data.args:
+        raise ValueError("data.args belongs to one dataset; in a list of them each entry has its own args")
+    kinds = {"dataset": (str, "a name"), "args": (dict, "keys and values"), "weight": ((int, float), "a number")}
+    for i, entry in enumerate(data.dataset):
+        where = f"data.dataset[{i}]"
+        if not isinstance(entry, dict) or "dataset" not in entry:
+            raise ValueError(f"{where} = {entry!r} must be {{dataset: NAME, args: {{...}}, weight: 1}}")
+        for name, value in entry.items():
+            if name not in kinds:
+                close = difflib.get_close_matches(str(name), kinds, 1, 0.0)[0]
+                raise ValueError(f"{where}: there is no key {name!r}; the nearest is {close!r}")
+            kind, described = kinds[name]
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise ValueError(f"{where}.{name} = {value!r} must be {described}")
+        if not 0 <= entry.get("weight", 1) < float("inf"):
+            raise ValueError(f"{where}.weight = {entry['weight']!r} must be at least 0 (0: only for validation)")
+    if not any(entry.get("weight", 1) for entry in data.dataset):
+        raise ValueError(f"data.dataset = {data.dataset} has nothing to train on: an entry with a weight above 0")
 
 
 def leaves(cls=Config, prefix=""):

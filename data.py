@@ -12,6 +12,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import huggingface_hub
@@ -20,6 +21,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+import formats
 import templates
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -67,7 +69,9 @@ def squad_messages(row: dict) -> dict:
             {"role": "system", "content": row["context"]},
             {"role": "user", "content": row["question"]},
             {"role": "assistant", "content": row["answers"]["text"][0]},
-        ]
+        ],
+        "answers": row["answers"]["text"],
+        "id": row["id"],
     }
 
 
@@ -99,7 +103,8 @@ class OpenAssistant:
             path = huggingface_hub.hf_hub_download(
                 "OpenAssistant/oasst1", "2023-04-12_oasst_ready.trees.jsonl.gz", repo_type="dataset"
             )
-        trees = [read_json(line, f"{path}:{i}") for i, line in enumerate(open_lines(path), 1)]
+        file = formats.read_file(path)
+        trees = [file.row(i) for i in range(len(file.rows))]
         chosen = set(validation_indices(len(trees), validation, seed).tolist())
         splits = {"train": [], "validation": []}
         for i, tree in enumerate(trees):
@@ -122,24 +127,28 @@ def tree_paths(node: dict):
 
 
 class Chats:
-    """Files of conversations: .jsonl, .json or .parquet rows with `messages` and optionally `tools`.
+    """Files of conversations, see formats.py: a file, a glob or a folder of .jsonl, .jsonl.gz, .json and .parquet.
 
-    `validation`: a second file, or the fraction of the rows that is held out (the same ones for the same seed).
+    `validation`: files too, or the fraction of the rows that is held out (the same ones for the same seed). `format`:
+    messages, prompt_completion, alpaca or sharegpt; None: as the columns of all rows say.
     """
 
-    def __init__(self, path: str, validation: str | float = 0.05, seed: int = 42):
-        rows = read_rows(path)
+    def __init__(self, path: str, validation: str | float = 0.05, seed: int = 42, format: str | None = None):
+        rows = formats.read_rows(path, format)
         if isinstance(validation, str):
-            self.formatted_ds = {"train": rows, "validation": read_rows(validation)}
+            self.formatted_ds = {"train": rows, "validation": formats.read_rows(validation, format)}
         else:
             self.formatted_ds = split_rows(rows, validation, seed)
-        self.task_spec = TaskDataSpec(Path(path).stem)
+        self.task_spec = TaskDataSpec(Path(path).name.split(".")[0].strip("*?[]") or Path(path).absolute().parent.name)
 
 
 class HubChats:
-    """A data set of the Hub with a `messages` column. `validation`: a split's name, or a fraction of `train`."""
+    """A data set of the Hub, in a format of formats.py. `validation`: a split's name, or a fraction of `train`."""
 
-    def __init__(self, path: str, subset: str | None = None, train: str = "train", validation="validation", seed=42):
+    def __init__(
+        self, path: str, subset: str | None = None, train: str = "train", validation="validation", seed: int = 42,
+        format: str | None = None,
+    ):  # fmt: skip
         with from_hub("data.dataset", path):
             loaded = datasets.load_dataset(path, subset)
         for name in [train] + ([validation] if isinstance(validation, str) else []):
@@ -148,7 +157,7 @@ class HubChats:
                     f"{path} has the splits {', '.join(loaded)}, not {name!r}; set data.args.train and "
                     "data.args.validation (a split, or a fraction as 0.05)"
                 )
-        rows = {name: Rows(loaded[name], f"{path} {name}", drop_none) for name in loaded}
+        rows = {name: formats.Rows([formats.File(f"{path} {name}", loaded[name])], format) for name in loaded}
         if isinstance(validation, str):
             self.formatted_ds = {"train": rows[train], "validation": rows[validation]}
         else:
@@ -156,11 +165,34 @@ class HubChats:
         self.task_spec = TaskDataSpec(path)
 
 
+BUILT_IN = {"squad": Squad, "openassistant": OpenAssistant}
+
+
+class Entry(NamedTuple):
+    """A dataset that is trained on; `weight`: how often its training split is gone through in an epoch of all."""
+
+    name: str
+    dataset: object
+    weight: float
+
+
+def load_entries(config) -> list[Entry]:
+    """The datasets of a `config.Data`, whose names differ."""
+    asked = config.dataset if isinstance(config.dataset, list) else [{"dataset": config.dataset, "args": config.args}]
+    entries = []
+    for entry in asked:
+        dataset = load_dataset_class(entry["dataset"], entry.get("args", {}))
+        name = dataset.task_spec.task_name
+        again = sum(other.dataset.task_spec.task_name == name for other in entries)
+        entries.append(Entry(f"{name}_{again + 1}" if again else name, dataset, float(entry.get("weight", 1))))
+    return entries
+
+
 def load_dataset_class(name: str, args: dict):
     """The dataset that `data.dataset` names, made with `data.args`. Raises ValueError where there is none."""
     path, _, class_name = name.rpartition(":")
-    if name in ("squad", "openassistant"):
-        make = {"squad": Squad, "openassistant": OpenAssistant}[name]
+    if name in BUILT_IN:
+        make = BUILT_IN[name]
     elif path.endswith(".py"):
         if not Path(path).is_file():
             raise ValueError(f"data.dataset = {name!r}: there is no file {path}")
@@ -171,14 +203,14 @@ def load_dataset_class(name: str, args: dict):
         if not hasattr(module, class_name):
             raise ValueError(f"data.dataset = {name!r}: {path} has no class {class_name}")
         make = getattr(module, class_name)
-    elif name.endswith((".jsonl", ".json", ".parquet", ".jsonl.gz")):
+    elif formats.is_path(name):
         make = functools.partial(Chats, name)
     elif name.count("/") == 1 and not name.startswith((".", "/")):
         make = functools.partial(HubChats, name)
     else:
         raise ValueError(
-            f"data.dataset = {name!r} must be squad, openassistant, my_data.py:MyDataset, a file of chats "
-            "(.jsonl, .json, .parquet) or the id of a data set on the Hub (owner/name)"
+            f"data.dataset = {name!r} must be squad, openassistant, my_data.py:MyDataset, a file, glob or folder of "
+            f"chats ({', '.join(formats.ENDINGS)}), or the id of a data set on the Hub (owner/name)"
         )
     try:
         dataset = make(**args)
@@ -192,77 +224,7 @@ def load_dataset_class(name: str, args: dict):
     return dataset
 
 
-# ---- rows of files -------------------------------------------------------------------------------------------------
-
-
-class Rows:
-    """A sequence of rows that knows where each one stands in its file, for errors."""
-
-    def __init__(self, rows, name: str, convert=lambda row: row, first: int = 0, indices=None):
-        self.rows, self.name, self.convert, self.first = rows, name, convert, first
-        self.indices = np.arange(len(rows)) if indices is None else indices
-
-    def __len__(self):
-        return len(self.indices)
-
-    def __getitem__(self, i: int) -> dict:
-        return self.convert(self.rows[int(self.indices[i])])
-
-    def where(self, i: int) -> str:
-        return f"{self.name}:{int(self.indices[i]) + self.first}"
-
-    def select(self, chosen: np.ndarray) -> "Rows":
-        return Rows(self.rows, self.name, self.convert, self.first, self.indices[chosen])
-
-
-def read_rows(path: str) -> Rows:
-    """Rows of a .jsonl(.gz), .json or .parquet file. A row of a .jsonl file is read exactly as it stands there."""
-    if not Path(path).is_file():
-        raise ValueError(f"data: there is no file {path}")
-    if path.endswith(".parquet"):
-        try:
-            return Rows(datasets.Dataset.from_parquet(path), path, drop_none)
-        except Exception as error:
-            raise ValueError(f"{path}: cannot be read as parquet: {' '.join(str(error).split())[:200]}") from None
-    if path.endswith(".json"):
-        rows = read_json(Path(path).read_bytes(), path)
-        if not isinstance(rows, list):
-            raise ValueError(f"{path}: must hold a list of rows; one row per line is a .jsonl file")
-        return Rows(rows, path)
-    lines = list(open_lines(path))
-    while lines and not lines[-1].strip():
-        lines.pop()
-    rows = Rows(lines, path, first=1)
-    rows.convert = lambda line: read_json(line, path)
-    for i, line in enumerate(lines):
-        if not line.strip():
-            raise ValueError(f"{rows.where(i)}: an empty line; each line holds one row")
-    return rows
-
-
-def open_lines(path: str):
-    if path.endswith(".gz"):
-        import gzip
-
-        with gzip.open(path) as file:
-            yield from file
-    else:
-        with open(path, "rb") as file:
-            yield from file
-
-
-def read_json(text: bytes, where: str):
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where}: is not valid JSON: {error}") from None
-
-
-def drop_none(value):
-    """Without the keys that Arrow adds to a dict because another row has them."""
-    if isinstance(value, dict):
-        return {name: drop_none(item) for name, item in value.items() if item is not None}
-    return [drop_none(item) for item in value] if isinstance(value, list) else value
+# ---- splits, and what the Hub answers -----------------------------------------------------------------------------
 
 
 def validation_indices(count: int, fraction: float, seed: int) -> np.ndarray:
@@ -271,10 +233,13 @@ def validation_indices(count: int, fraction: float, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(count)[: max(1, round(count * fraction))]
 
 
-def split_rows(rows: Rows, fraction: float, seed: int) -> dict:
+def split_rows(rows: formats.Rows, fraction: float, seed: int) -> dict:
     held_out = np.zeros(len(rows), dtype=bool)
     held_out[validation_indices(len(rows), fraction, seed)] = True
-    return {"train": rows.select(np.flatnonzero(~held_out)), "validation": rows.select(np.flatnonzero(held_out))}
+    return {
+        "train": formats.Part(rows, np.flatnonzero(~held_out)),
+        "validation": formats.Part(rows, np.flatnonzero(held_out)),
+    }
 
 
 @contextlib.contextmanager
@@ -295,6 +260,9 @@ def from_hub(key: str, name: str):
 
 def check_row(row):
     """Raises ValueError with the reason where a row is no conversation that can be trained on."""
+    for name in formats.NO_TEXT:
+        if isinstance(row, dict) and row.get(name):
+            raise ValueError(f"has {name!r}: only text is trained here; leave such rows out")
     messages = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(messages, list) or not messages:
         raise ValueError('has no "messages": a row is {"messages": [{"role": ..., "content": ...}, ...]}')
@@ -303,6 +271,12 @@ def check_row(row):
         if role not in ROLES:
             raise ValueError(f"messages[{i}]: the role {role!r} is unknown; it must be one of {', '.join(ROLES)}")
         content = message.get("content")
+        kinds = [b.get("type") for b in content if isinstance(b, dict)] if isinstance(content, list) else []
+        if other := [str(kind) for kind in kinds if kind != "text"]:
+            raise ValueError(
+                f"messages[{i}]: the content has a block of type {other[0]!r}: only text is trained here; leave such "
+                "rows out"
+            )
         blocks = isinstance(content, list) and all(
             isinstance(block, dict) and block.get("type") == "text" and isinstance(block.get("text"), str)
             for block in content
@@ -329,14 +303,20 @@ def load_tokenizer(config):
     return tokenizer
 
 
-def choose_template(config, tokenizer, dataset) -> str:
-    """The chat template that is trained and saved: the configuration's, else the dataset's, else the tokenizer's."""
+def choose_template(config, tokenizer, entries) -> str:
+    """The chat template that is trained and saved: the configuration's, else the datasets', else the tokenizer's."""
     asked = config.tokenizer.chat_template
     if asked and asked.endswith(".jinja"):
         if not Path(asked).is_file():
             raise ValueError(f"tokenizer.chat_template = {asked!r}: there is no such file")
         asked = Path(asked).read_text(encoding="utf-8")
-    chat_template = asked or dataset.task_spec.custom_template or tokenizer.chat_template
+    brought = {entry.dataset.task_spec.custom_template for entry in entries}
+    if not asked and len(brought) > 1:
+        raise ValueError(
+            f"the datasets {', '.join(entry.name for entry in entries)} bring different chat templates, and one model "
+            "has one; set tokenizer.chat_template"
+        )
+    chat_template = asked or brought.pop() or tokenizer.chat_template
     if not isinstance(chat_template, str):
         raise ValueError(
             f"the tokenizer of {config.model.name!r} brings no chat template (or several), nor does the dataset; "
@@ -345,19 +325,37 @@ def choose_template(config, tokenizer, dataset) -> str:
     return templates.with_bos(tokenizer, chat_template)
 
 
-def tokenise_splits(config, tokenizer) -> dict[str, str]:
-    """The data of a configuration, tokenised or found: `chat_template`, and the folders of `train` and `validation`."""
-    dataset = load_dataset_class(config.data.dataset, config.data.args)
-    chat_template = choose_template(config, tokenizer, dataset)
+def tokenise_splits(config, tokenizer) -> dict:
+    """The data of a configuration, tokenised or found, as plain values that another process can be told: the
+    `chat_template`, for `open_split` the `names`, `weights` and folders of the datasets, and `answers`: the right ones
+    to those validation conversations that are to be scored, or None where a row has no list of them."""
+    entries = load_entries(config.data)
+    chat_template = choose_template(config, tokenizer, entries)
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     cache = Path(huggingface_hub.constants.HF_HOME) / "sft-tokens"
-    prepared = {"chat_template": chat_template}
+    prepared = {
+        "chat_template": chat_template,
+        "names": [entry.name for entry in entries],
+        "weights": [entry.weight for entry in entries],
+    }
     for split in ("train", "validation"):
-        rows, name = dataset.formatted_ds[split], f"{dataset.task_spec.task_name} {split}"
-        folder = tokenise(rows, tokenizer, chat_template, config.data.train_on, cache, name, workers)
-        choose_examples(folder, config.data.max_seq_length, config.data.overlong)
-        prepared[split] = str(folder)
+        prepared[split] = []
+        for entry in entries:
+            rows, name = entry.dataset.formatted_ds[split], f"{entry.name} {split}"
+            folder = tokenise(rows, tokenizer, chat_template, config.data.train_on, cache, name, workers)
+            prepared[split].append(str(folder))
+    open_split(prepared, "train", config.data)
+    validation, prepared["answers"] = open_split(prepared, "validation", config.data), []
+    for i in validation.first(config.validation.exact_match):
+        rows = entries[validation.part_of(i)].dataset.formatted_ds["validation"]
+        prepared["answers"].append(rows[int(validation.rows[i])].get("answers"))
     return prepared
+
+
+def open_split(prepared: dict, split: str, config) -> "Examples":
+    """A split of what `tokenise_splits` returned. `config`: a `config.Data`."""
+    folders = [Path(folder) for folder in prepared[split]]
+    return Examples(folders, config.max_seq_length, config.overlong, prepared["names"], prepared["weights"])
 
 
 def find_stop_ids(tokenizer, examples) -> list[int]:
@@ -374,32 +372,68 @@ def find_stop_ids(tokenizer, examples) -> list[int]:
 
 class Examples:
     """Tokenised conversations in memory-mapped files, so that a process holds none of them: of each, `lengths` and
-    `supervised` in tokens, int32, and `rows`, its row in the split, int64; `totals` of all; `digest` of all tokens and
-    labels. Raises ValueError for an overlong conversation where `overlong` is error."""
+    `supervised` in tokens, int32, and `rows`, its row in the split, int64; `digest` of all tokens and labels. One
+    dataset after the other: `names`, `weights`, `counts` and `totals` of each; `part_of` says where one belongs.
+    Raises ValueError for an overlong conversation where `overlong` is error."""
 
-    def __init__(self, folder: Path, max_seq_length: int, overlong: str):
-        self.digest = (folder / "digest").read_text(encoding="utf-8")
-        self.input_ids, self.labels = (mapped(folder / name, np.int32) for name in ("input_ids", "labels"))
-        chosen = choose_examples(folder, max_seq_length, overlong)
-        self.starts, self.rows = (mapped(chosen / name, np.int64) for name in ("starts", "rows"))
-        self.lengths, self.supervised = (mapped(chosen / name, np.int32) for name in ("lengths", "supervised"))
-        self.totals = json.loads((chosen / "totals.json").read_text(encoding="utf-8"))
-        self.overlong, self.nothing_to_train = self.totals["overlong"], self.totals["nothing_to_train"]
+    def __init__(self, folders: list[Path], max_seq_length: int, overlong: str, names=("",), weights=(1.0,)):
+        self.names, self.weights = names, weights
+        self.tokens = [
+            tuple(mapped(folder / name, np.int32) for name in ("input_ids", "labels")) for folder in folders
+        ]  # fmt: skip
+        digests = [(folder / "digest").read_text(encoding="utf-8") for folder in folders]
+        self.digest = digests[0] if len(folders) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
+        chosen = [choose_examples(folder, max_seq_length, overlong) for folder in folders]
+        self.totals = [json.loads((folder / "totals.json").read_text(encoding="utf-8")) for folder in chosen]
+        self.counts = [total["conversations"] for total in self.totals]
+        self.ends = np.cumsum(self.counts)
+        index = chosen[0] if len(folders) == 1 else join(chosen)
+        self.starts, self.rows = (mapped(index / name, np.int64) for name in ("starts", "rows"))
+        self.lengths, self.supervised = (mapped(index / name, np.int32) for name in ("lengths", "supervised"))
 
     def check(self, split: str):
         """Raises ValueError where nothing is left to train."""
-        if len(self) == 0:
-            raise ValueError(
-                f"the split {split!r} of data.dataset has nothing to train: {self.overlong} conversations are longer "
-                f"than data.max_seq_length, {self.nothing_to_train} have no trained turn"
-            )
+        for name, weight, total in zip(self.names, self.weights, self.totals, strict=True):
+            if total["conversations"] == 0 and (weight or split == "validation"):
+                raise ValueError(
+                    f"the split {split!r} of data.dataset ({name}) has nothing to train: {total['overlong']} "
+                    f"conversations are longer than data.max_seq_length, {total['nothing_to_train']} have no trained "
+                    "turn"
+                )
 
     def __len__(self):
         return len(self.lengths)
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         place = slice(self.starts[i], self.starts[i] + self.lengths[i])
-        return self.input_ids[place], self.labels[place]
+        input_ids, labels = self.tokens[self.part_of(i)]
+        return input_ids[place], labels[place]
+
+    def part_of(self, i: int) -> int:
+        return int(np.searchsorted(self.ends, i, side="right"))
+
+    def parts(self) -> list[range]:
+        """The conversations of each dataset."""
+        return [range(end - count, end) for count, end in zip(self.counts, self.ends.tolist(), strict=True)]
+
+    def first(self, count: int | None) -> list[int]:
+        """The first `count` of each dataset; None: all."""
+        return [i for part in self.parts() for i in part[:count]]
+
+
+def join(chosen: list[Path]) -> Path:
+    """A folder with the files of these folders of `choose_examples`, one after the other: made now, or found."""
+    name = hashlib.sha256(" ".join(f"{folder.parent.name}/{folder.name}" for folder in chosen).encode()).hexdigest()
+
+    def write(temporary: Path):
+        for file in ("starts", "rows", "lengths", "supervised"):
+            with open(temporary / file, "wb") as joined:
+                for folder in chosen:
+                    with open(folder / file, "rb") as part:
+                        shutil.copyfileobj(part, joined)
+
+    folder = chosen[0].parent.parent / f"joined-{name[:32]}"
+    return folder if folder.is_dir() else make_folder(folder, write)
 
 
 def mapped(path: Path, dtype) -> np.ndarray:
@@ -480,7 +514,8 @@ def tokenise(rows, tokenizer, chat_template: str, train_on: str, cache: Path, na
     vocabulary = tokenizer.backend_tokenizer.to_str()
     special = [str(tokenizer.special_tokens_map), str(tokenizer.init_kwargs.get("add_bos_token"))]
     code = [
-        Path(path).read_text(encoding="utf-8") for path in (__file__, templates.__file__, templates.tracing.__file__)
+        Path(module.__file__).read_text(encoding="utf-8")
+        for module in (sys.modules[__name__], formats, templates, templates.tracing)
     ]
     for part in [fingerprint(rows), chat_template, vocabulary, *special, train_on, *code]:
         key.update(hashlib.sha256(part.encode()).digest())
@@ -494,6 +529,8 @@ def tokenise(rows, tokenizer, chat_template: str, train_on: str, cache: Path, na
 
 
 def write_tokens(rows, tokenizer, chat_template, train_on, name: str, workers: int, folder: Path):
+    if format := format_of(rows):  # in the workers too, as it is asked for here
+        name += f" ({format})"
     size = 256
     chunks = [range(i, min(i + size, len(rows))) for i in range(0, len(rows), size)]
     encode_chunk = functools.partial(encode_rows, rows, tokenizer, chat_template, train_on, name)
@@ -536,32 +573,38 @@ def write_results(results, files, digest, bar):
 def encode_rows(rows, tokenizer, chat_template, train_on, name, chunk):
     encoded = []
     for i in chunk:
-        where = rows.where(i) if isinstance(rows, Rows) else f"{name} row {i}"
+        where = place_of(rows, name, i)
         try:
             row = rows[i]
             check_row(row)
             tools = row.get("tools") or None
             encoded.append(templates.encode(tokenizer, row["messages"], tools, chat_template, train_on))
         except ValueError as error:
-            raise ValueError(f"{where}: {str(error).removeprefix(where.rpartition(':')[0] + ': ')}") from None
+            raise ValueError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
     ids = np.array([token for example in encoded for token in example.input_ids], dtype=np.int32)
     labels = np.array([token for example in encoded for token in example.labels], dtype=np.int32)
     return ids, labels, np.array([len(example.input_ids) for example in encoded], dtype=np.int32)
+
+
+def format_of(rows) -> str | None:
+    """The format of rows of files, known from then on. Raises ValueError where it cannot be told."""
+    return rows.format if isinstance(rows, (formats.Rows, formats.Part)) else None
+
+
+def place_of(rows, name: str, i: int) -> str:
+    """Where row i stands, for errors."""
+    return rows.where(i) if isinstance(rows, (formats.Rows, formats.Part)) else f"{name} row {i}"
 
 
 def fingerprint(rows) -> str:
     """Changes when any row does."""
     if isinstance(rows, datasets.Dataset):
         return rows._fingerprint
+    if isinstance(rows, (formats.Rows, formats.Part)):
+        return rows.fingerprint()
     digest = hashlib.sha256()
-    if isinstance(rows, Rows):
-        digest.update(rows.indices.tobytes())
-        if isinstance(rows.rows, datasets.Dataset):
-            return digest.hexdigest() + rows.rows._fingerprint
-    raw = rows.rows if isinstance(rows, Rows) else rows
-    for row in raw:
-        digest.update(row if isinstance(row, bytes) else json.dumps(row, ensure_ascii=False).encode())
-        digest.update(b"\n")
+    for row in rows:
+        digest.update(json.dumps(row, ensure_ascii=False).encode() + b"\n")
     return digest.hexdigest()
 
 

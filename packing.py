@@ -17,14 +17,36 @@ def steps_of_run(examples: int, global_batch_size: int, max_epochs: int, max_ste
     return steps if max_steps is None else min(steps, max_steps)
 
 
-def step_examples(examples: int, step: int, seed: int, global_batch_size: int) -> np.ndarray:
+def epoch_sizes(counts: list[int], weights: list[float]) -> list[int]:
+    """How many conversations of each dataset an epoch has: `weight` times as many as there are."""
+    return [
+        max(round(count * weight), min(count, 1)) if weight else 0
+        for count, weight in zip(counts, weights, strict=True)
+    ]
+
+
+def step_examples(counts, step: int, seed: int, global_batch_size: int, weights=(1.0,)) -> np.ndarray:
     """Indices (int64) of the conversations of step `step`, from 1: a shuffled order per epoch, cut into batches.
 
-    The last batch of an epoch may be smaller. It depends on the seed and the step alone, not on the machine.
+    The last batch of an epoch may be smaller. It depends on the seed and the step alone, not on the machine. `counts`:
+    how many conversations there are, of each dataset of a mixture one after the other; `weights`: passes over each in
+    an epoch. Where those are no whole numbers, an epoch goes on in a dataset where the one before ended.
     """
-    epoch, batch = divmod(step - 1, steps_per_epoch(examples, global_batch_size))
-    places = np.arange(batch * global_batch_size, min((batch + 1) * global_batch_size, examples))
-    return shuffled(places, examples, seed, epoch)
+    counts = [counts] if isinstance(counts, int) else counts
+    sizes = epoch_sizes(counts, weights)
+    epoch, batch = divmod(step - 1, steps_per_epoch(sum(sizes), global_batch_size))
+    places = np.arange(batch * global_batch_size, min((batch + 1) * global_batch_size, sum(sizes)))
+    drawn = shuffled(places, sum(sizes), seed, epoch)
+    chosen = np.empty_like(drawn)
+    for part, (count, size) in enumerate(zip(counts, sizes, strict=True)):
+        begin = sum(sizes[:part])
+        mine = (begin <= drawn) & (drawn < begin + size)
+        nth = drawn[mine] - begin + epoch * size  # of all that are ever drawn of this dataset
+        index = nth % max(count, 1)
+        if size % max(count, 1):  # parts of it in turn: not as it is sorted
+            index = shuffled(index, count, seed, 2**32 + part)
+        chosen[mine] = sum(counts[:part]) + index
+    return chosen
 
 
 def shuffled(places: np.ndarray, examples: int, seed: int, epoch: int) -> np.ndarray:

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import html
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -99,7 +100,7 @@ def preview(cfg, options, report: dict, samples: list):
         tokenizer.chat_template = prepared["chat_template"]
         for split in ("train", "validation"):
             with problem(report):
-                examples = data.Examples(Path(prepared[split]), cfg.data.max_seq_length, cfg.data.overlong)
+                examples = data.open_split(prepared, split, cfg.data)
                 examples.check(split)
                 runs = trained_runs(examples)
                 hashes[split] = hashes_of(examples, runs)
@@ -111,7 +112,7 @@ def preview(cfg, options, report: dict, samples: list):
         if "validation" in sets:
             report["overlap"] = overlap(hashes["train"], hashes["validation"])
         report["batches"] = batches(cfg, train, report["world_size"])
-        first = packing.step_examples(len(train), 1, cfg.seed, cfg.train.global_batch_size)
+        first = packing.step_examples(train.counts, 1, cfg.seed, cfg.train.global_batch_size, train.weights)
         samples += [Sample(tokenizer, train, int(i)) for i in first[: options.samples]]
     row = report.get("batches", {"largest_row_tokens": cfg.train.max_tokens_per_micro_batch})
     here = torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else 80
@@ -143,10 +144,11 @@ def bad_rows(cfg, tokenizer, most: int = 20) -> list[str]:
     """What is wrong with each of the first `most` rows that cannot be trained on, where the data can be read at all."""
     found = []
     with contextlib.suppress(ValueError, OSError):
-        dataset = data.load_dataset_class(cfg.data.dataset, cfg.data.args)
-        chat_template = data.choose_template(cfg, tokenizer, dataset)
-        for split in ("train", "validation"):
-            rows, name = dataset.formatted_ds[split], f"{dataset.task_spec.task_name} {split}"
+        entries = data.load_entries(cfg.data)
+        chat_template = data.choose_template(cfg, tokenizer, entries)
+        for entry, split in itertools.product(entries, ("train", "validation")):
+            rows, name = entry.dataset.formatted_ds[split], f"{entry.name} {split}"
+            data.format_of(rows)
             for i in range(len(rows)):
                 try:
                     data.encode_rows(rows, tokenizer, chat_template, cfg.data.train_on, name, [i])
@@ -161,15 +163,21 @@ def bad_rows(cfg, tokenizer, most: int = 20) -> list[str]:
 
 
 def trained_runs(examples) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(example, first token, last token) of each run of trained tokens, i.e. of each trained turn; int64 (turns,)."""
-    trained = examples.labels != templates.IGNORE_INDEX
-    edges = np.zeros(len(trained) + 1, dtype=bool)  # where one document ends and the next begins
-    edges[examples.starts], edges[examples.starts + examples.lengths] = True, True
-    first = np.flatnonzero(trained & (edges[:-1] | ~np.concatenate([[False], trained[:-1]])))
-    last = np.flatnonzero(trained & (edges[1:] | ~np.concatenate([trained[1:], [False]])))
-    example = np.searchsorted(examples.starts, first, side="right") - 1
-    inside = (example >= 0) & (first < (examples.starts + examples.lengths)[example])  # the others were dropped
-    return example[inside], first[inside], last[inside]
+    """(example, where in it the first token is, id of the last token) of each run of trained tokens, i.e. of each
+    trained turn; int64 (turns,)."""
+    runs = []
+    for (input_ids, labels), part in zip(examples.tokens, examples.parts(), strict=True):
+        starts, lengths = (array[part.start : part.stop] for array in (examples.starts, examples.lengths))
+        trained = labels != templates.IGNORE_INDEX
+        edges = np.zeros(len(trained) + 1, dtype=bool)  # where one document ends and the next begins
+        edges[starts], edges[starts + lengths] = True, True
+        first = np.flatnonzero(trained & (edges[:-1] | ~np.concatenate([[False], trained[:-1]])))
+        last = np.flatnonzero(trained & (edges[1:] | ~np.concatenate([trained[1:], [False]])))
+        example = np.searchsorted(starts, first, side="right") - 1
+        inside = (example >= 0) & (first < (starts + lengths)[example])  # the others were dropped
+        example, first, last = example[inside], first[inside], last[inside]
+        runs.append((part.start + example, first - starts[example], input_ids[last]))
+    return tuple(np.concatenate(arrays) for arrays in zip(*runs, strict=True))
 
 
 def hashes_of(examples, runs) -> tuple[list[int], list[int]]:
@@ -177,16 +185,14 @@ def hashes_of(examples, runs) -> tuple[list[int], list[int]]:
     example, first, _ = runs
     _, where = np.unique(example, return_index=True)  # the first run of each
     whole = [hash(examples[i][0].tobytes()) for i in range(len(examples))]
-    prompts = [
-        hash(examples.input_ids[start:end].tobytes()) for start, end in zip(examples.starts, first[where], strict=True)
-    ]
+    prompts = [hash(examples[i][0][:end].tobytes()) for i, end in enumerate(first[where])]
     return whole, prompts
 
 
 def figures(examples, runs, hashes: list[int], tokenizer, cfg) -> dict:
     lengths, tokens = examples.lengths, int(examples.lengths.sum())
-    example, _, last = runs
-    special = np.isin(examples.input_ids[last], sorted(templates.special_ids(tokenizer)))
+    example, _, last_ids = runs
+    special = np.isin(last_ids, sorted(templates.special_ids(tokenizer)))
     counts, edges = np.histogram(lengths, bins=min(10, int(lengths.max())))
     return {
         "conversations": len(examples),
@@ -196,10 +202,14 @@ def figures(examples, runs, hashes: list[int], tokenizer, cfg) -> dict:
         "supervised_share": round(int(examples.supervised.sum()) / tokens, 4),
         "tokens_per_conversation": {f"{q}%": int(np.percentile(lengths, q)) for q in (0, 50, 90, 99, 100)},
         "length_histogram": [[math.ceil(edge), int(n)] for edge, n in zip(edges[1:], counts, strict=True)],
-        "overlong": examples.overlong,
+        "overlong": sum(total["overlong"] for total in examples.totals),
         "overlong_are": {"drop": "dropped", "truncate": "truncated", "error": "an error"}[cfg.data.overlong],
-        "nothing_to_train": examples.nothing_to_train,
+        "nothing_to_train": sum(total["nothing_to_train"] for total in examples.totals),
         "duplicates": len(hashes) - len(set(hashes)),
+        "datasets": {
+            name: {"weight": weight, **total}
+            for name, weight, total in zip(examples.names, examples.weights, examples.totals, strict=True)
+        },
         "turns_without_end_token": int((~special).sum()),
     }
 
@@ -217,12 +227,14 @@ def overlap(train, validation) -> dict:
 def batches(cfg, examples, world_size: int) -> dict:
     """Steps, and how full and even the rows of some of them are."""
     batch_size, max_tokens = cfg.train.global_batch_size, cfg.train.max_tokens_per_micro_batch
-    per_epoch = packing.steps_per_epoch(len(examples), batch_size)
-    steps = packing.steps_of_run(len(examples), batch_size, cfg.train.max_epochs, cfg.train.max_steps)
+    epoch_size = sum(packing.epoch_sizes(examples.counts, examples.weights))
+    per_epoch = packing.steps_per_epoch(epoch_size, batch_size)
+    steps = packing.steps_of_run(epoch_size, batch_size, cfg.train.max_epochs, cfg.train.max_steps)
     tokens = rows = waited = work = 0
     largest = (0, 0)
     for step in np.unique(np.linspace(1, steps, min(steps, PLANNED_STEPS)).astype(int)).tolist():
-        plan = packing.plan_step(examples.lengths, step, cfg.seed, batch_size, world_size, max_tokens)
+        chosen = packing.step_examples(examples.counts, step, cfg.seed, batch_size, examples.weights)
+        plan = packing.pack(chosen, examples.lengths, world_size, max_tokens)
         for at_once in zip(*plan, strict=True):  # the rows that all ranks compute at the same time
             costs = [packing.cost(row, examples.lengths) for row in at_once]
             waited, work = waited + max(costs) * world_size - sum(costs), work + max(costs) * world_size
@@ -381,6 +393,12 @@ def lines(report: dict) -> list[str]:
             f"train, {part['duplicates']:,} duplicates",
             f"    tokens per conversation: {quantiles}",
         ]
+        if len(part["datasets"]) > 1:
+            out += [
+                f"    {name}: {of_it['conversations']:,} conversations, {of_it['tokens']:,} tokens, "
+                f"{of_it['supervised']:,} supervised" + (f", weight {of_it['weight']:g}" if split == "train" else "")
+                for name, of_it in part["datasets"].items()
+            ]
         most = max((n for _, n in part["length_histogram"]), default=0)
         for edge, n in part["length_histogram"]:
             out.append(f"    up to {edge:>7,} {n:>9,} {'#' * math.ceil(40 * n / most)}")
@@ -420,7 +438,8 @@ class Sample:
         ids, labels = examples[i]
         trained, special = labels != templates.IGNORE_INDEX, np.isin(ids, sorted(templates.special_ids(tokenizer)))
         trained[0] = False  # the first token of a document is never predicted
-        self.title = f"row {int(examples.rows[i])} of train, {len(ids):,} tokens, {int(trained.sum()):,} trained"
+        of = f"{examples.names[examples.part_of(i)]} " if len(examples.names) > 1 else ""
+        self.title = f"row {int(examples.rows[i])} of {of}train, {len(ids):,} tokens, {int(trained.sum()):,} trained"
         self.tokens = list(
             zip(ids.tolist(), tokenizer.convert_ids_to_tokens(ids.tolist()), trained.tolist(), strict=True)
         )

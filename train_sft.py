@@ -227,14 +227,16 @@ def prepare(cfg, rank: int, local_rank: int):
     tokenizer.chat_template = prepared["chat_template"]
     sets = []
     for split in ("train", "validation"):
-        examples = data.Examples(Path(prepared[split]), cfg.data.max_seq_length, cfg.data.overlong)
+        examples = data.open_split(prepared, split, cfg.data)
         sets.append(examples)
-        if rank == 0:
-            print(
-                f"{split}: {len(examples):,} conversations, {examples.totals['tokens']:,} tokens, "
-                f"{examples.totals['supervised']:,} supervised; {examples.overlong:,} overlong ({cfg.data.overlong}), "
-                f"{examples.nothing_to_train:,} with nothing to train left out"
-            )
+        for name, weight, total in zip(examples.names, examples.weights, examples.totals, strict=True):
+            if rank == 0:
+                mixed = f" of {name}" + (f" (weight {weight:g})" if split == "train" else "")
+                print(
+                    f"{split}: {total['conversations']:,} conversations{mixed if len(examples.names) > 1 else ''}, "
+                    f"{total['tokens']:,} tokens, {total['supervised']:,} supervised; {total['overlong']:,} overlong "
+                    f"({cfg.data.overlong}), {total['nothing_to_train']:,} with nothing to train left out"
+                )
         examples.check(split)
     return tokenizer, *sets, data.find_stop_ids(tokenizer, sets[0])
 
@@ -255,8 +257,9 @@ def train(
     watchdog.at("loading the model")
     start = checkpoint.step_of(folder) if folder else 0
     batch_size = cfg.train.global_batch_size
-    steps_per_epoch = packing.steps_per_epoch(len(train_set), batch_size)
-    steps = packing.steps_of_run(len(train_set), batch_size, cfg.train.max_epochs, cfg.train.max_steps)
+    epoch_size = sum(packing.epoch_sizes(train_set.counts, train_set.weights))
+    steps_per_epoch = packing.steps_per_epoch(epoch_size, batch_size)
+    steps = packing.steps_of_run(epoch_size, batch_size, cfg.train.max_epochs, cfg.train.max_steps)
     if steps < start:
         raise ValueError(
             f"train.max_steps (or max_epochs) ends the run at step {steps}, and {folder} is past it; raise it, or name "
@@ -295,21 +298,29 @@ def train(
         )
         tracker = Tracker(cfg.logger, configuration.to_dict(cfg), configuration.dump(cfg), output_dir, start, steps)
 
-    limit = validation_set.lengths[: cfg.validation.max_examples]
-    validation_rows = packing.pack(np.arange(len(limit)), limit, world_size, max_tokens)[rank]
+    # Each dataset in rows of its own, so that it has a loss of its own
+    parts = [part[: cfg.validation.max_examples] for part in validation_set.parts()]
+    validation_rows = [
+        (k, row)
+        for k, part in enumerate(parts)
+        for row in packing.pack(np.array(part), validation_set.lengths, world_size, max_tokens)[rank]
+    ]
 
     def validate(step: int):
         model.eval()
-        total = torch.zeros((), dtype=torch.float64, device=device)
+        sums = torch.zeros(len(parts), dtype=torch.float64, device=device)
         with torch.no_grad(), modelling.precision(cfg, strategy, device):
-            for i, row in enumerate(validation_rows):
+            for i, (k, row) in enumerate(validation_rows):
                 watchdog.at(f"validation row {i + 1} of {len(validation_rows)}")
-                total += parallel_model(data.collate(validation_set, row, device))
+                sums[k] += parallel_model(data.collate(validation_set, row, device))
         model.train()
-        tokens = int(validation_set.supervised[: len(limit)].sum())
-        loss = float(all_sum(total)) / tokens
+        sums = all_sum(sums).tolist()
+        tokens = [int(validation_set.supervised[part.start : part.stop].sum()) for part in parts]
+        loss = sum(sums) / sum(tokens)
         watchdog.at("answering")
-        figures = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700)), "val/supervised_tokens": tokens}
+        figures = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700)), "val/supervised_tokens": sum(tokens)}
+        if len(parts) > 1:
+            figures |= {f"val/loss/{n}": s / t for n, s, t in zip(validation_set.names, sums, tokens, strict=True)}
         if cfg.validation.exact_match and step in (0, steps):
             figures["val/exact_match"] = exact_match(
                 cfg, model, tokenizer, validation_set, stop_ids, world_size, rank, watchdog.at
@@ -340,7 +351,7 @@ def train(
         clock = time.perf_counter()
         writer.done()  # raises where the disk is full
         # Which conversations, and in which rows: the same plan on every rank, from (seed, step) alone
-        chosen = packing.step_examples(len(train_set), step, cfg.seed, batch_size)
+        chosen = packing.step_examples(train_set.counts, step, cfg.seed, batch_size, train_set.weights)
         rows = packing.pack(chosen, train_set.lengths, world_size, max_tokens)[rank]
         supervised = int(train_set.supervised[chosen].sum())
         tokens = int(train_set.lengths[chosen].sum())

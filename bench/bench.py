@@ -288,7 +288,7 @@ def products(work, folder, device) -> dict:
     linear += [(hidden, inner), (hidden, inner), (inner, hidden)]
     cfg = config.load(None, [f"model.name={folder}/model", *the_data(folder)])
     prepared = data.tokenise_splits(cfg, data.load_tokenizer(cfg))
-    examples = data.Examples(Path(prepared["train"]), cfg.data.max_seq_length, cfg.data.overlong)
+    examples = data.open_split(prepared, "train", cfg.data)
 
     def three_products(rows, into, out):
         x, w, dy = (torch.randn(*size, device=device, dtype=dtype) for size in ((rows, into), (into, out), (rows, out)))

@@ -151,7 +151,7 @@ def tokenise():
                     began = time.perf_counter()
                     prepared = data.tokenise_splits(cfg, tokenizer)
                     for split in ("train", "validation"):
-                        data.Examples(Path(prepared[split]), cfg.data.max_seq_length, cfg.data.overlong)
+                        data.open_split(prepared, split, cfg.data)
                     took.append(time.perf_counter() - began)
                 os.sched_setaffinity(0, list(range(cores)))
             print(f"| {count:,} | {workers} | {took[0]:.1f} s | {count / took[0]:,.0f} | {took[1]:.2f} s |", flush=True)

@@ -34,3 +34,19 @@ def test_the_resolved_configuration_is_a_file_that_loads_to_itself(tmp_path):
 def test_a_mistake_names_the_key_and_the_mend(override, said):
     with pytest.raises(ValueError, match=said):
         config.load(None, [override])
+
+
+@pytest.mark.parametrize(
+    "entries, reason",
+    [
+        ("[]", "nothing to train on"),
+        ("[{args: {}}]", r"data.dataset\[0\] = .* must be"),
+        ("[{dataset: squad, wieght: 2}]", r"data.dataset\[0\]: there is no key 'wieght'; the nearest is 'weight'"),
+        ("[{dataset: squad, weight: -1}]", r"data.dataset\[0\].weight = -1 must be at least 0"),
+        ("[{dataset: squad, weight: '2'}]", r"data.dataset\[0\].weight = '2' must be a number"),
+        ("[{dataset: squad, weight: 0}]", "nothing to train on"),
+    ],
+)
+def test_a_mixture_that_cannot_be_is_refused_with_the_entry_and_the_rule(entries, reason):
+    with pytest.raises(ValueError, match=reason):
+        config.load(None, [f"data.dataset={entries}"])

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoTokenizer
 
 import data
+import formats
 
 TOKENIZER = AutoTokenizer.from_pretrained("configs/quickstart")
 TEMPLATE = TOKENIZER.chat_template
@@ -20,7 +21,7 @@ def chat(*contents, **first):
 
 def tokens_of(tmp_path, rows, **options):
     folder = data.tokenise(rows, TOKENIZER, TEMPLATE, "all", tmp_path / "cache", "test", 1)
-    return data.Examples(folder, options.get("max_seq_length", 1000), options.get("overlong", "drop"))
+    return data.Examples([folder], options.get("max_seq_length", 1000), options.get("overlong", "drop"))
 
 
 def test_the_batch_that_reaches_the_model_has_labels_on_the_answers_alone(tmp_path):
@@ -43,7 +44,7 @@ def test_a_conversation_of_the_maximal_length_is_kept_and_one_more_is_overlong(t
     kept = [len(tokens_of(tmp_path, [chat("One?", "First.")], max_seq_length=length + k)) for k in (-1, 0, 1)]
     assert kept == [0, 1, 1]
     cut = tokens_of(tmp_path, [chat("One?", "First.")], max_seq_length=length - 2, overlong="truncate")
-    assert cut.lengths.tolist() == [length - 2] and cut.overlong == 1
+    assert cut.lengths.tolist() == [length - 2] and cut.totals[0]["overlong"] == 1
     assert TOKENIZER.convert_tokens_to_ids("<|im_end|>") not in cut[0][1]  # no end of a turn that was cut
     with pytest.raises(ValueError, match="max_seq_length"):
         tokens_of(tmp_path, [chat("One?", "First.")], max_seq_length=length - 1, overlong="error")
@@ -73,7 +74,7 @@ def test_many_processes_write_the_tokens_of_one(tmp_path):
     "line, reason",
     [
         ("{", "not valid JSON"),
-        ("{}", 'no "messages"'),
+        ("{}", "of no format"),
         ('{"messages": []}', 'no "messages"'),
         (json.dumps({"messages": [{"role": "robot", "content": "x"}]}), "role 'robot'"),
         (json.dumps({"messages": [{"role": "user", "content": 3}]}), "no text"),
@@ -84,7 +85,7 @@ def test_a_bad_row_stops_with_its_file_line_and_reason(tmp_path, line, reason):
     path = tmp_path / "chats.jsonl"
     path.write_text(json.dumps(chat("One?", "First.")) + "\n" + line + "\n")
     with pytest.raises(ValueError, match=reason) as error:
-        tokens_of(tmp_path, data.read_rows(str(path)))
+        tokens_of(tmp_path, formats.read_rows(str(path)))
     assert f"{path}:2:" in str(error.value)
     assert list((tmp_path / "cache").iterdir()) == []  # nothing half-written
 
@@ -95,7 +96,7 @@ def test_tool_arguments_reach_the_template_as_they_stand_in_the_file(tmp_path):
     rows = [{"messages": [{"role": "user", "content": "Go"}, call]} for call in calls]
     path = tmp_path / "chats.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert [data.read_rows(str(path))[i] for i in range(2)] == rows
+    assert [formats.read_rows(str(path))[i] for i in range(2)] == rows
 
 
 def test_openassistant_has_every_path_and_no_validation_prompt_in_training(tmp_path, monkeypatch):

@@ -44,3 +44,28 @@ def test_rows_are_filled_evenly():
 def test_there_are_never_more_rows_than_conversations_need(world_size):
     rows = packing.pack(np.arange(101), LENGTHS, world_size, 1)
     assert len(rows[0]) == -(-101 // world_size)
+
+
+def test_a_mixture_has_each_dataset_as_often_as_its_weight_says():
+    counts, weights = [10, 7, 5], [2, 0.5, 0]
+    assert packing.epoch_sizes(counts, weights) == [20, 4, 0]
+    steps = packing.steps_per_epoch(24, 5)
+    drawn = [
+        np.concatenate(
+            [packing.step_examples(counts, epoch * steps + step, 3, 5, weights) for step in range(1, steps + 1)]
+        )
+        for epoch in range(7)
+    ]
+    for epoch in drawn:
+        assert np.bincount(epoch, minlength=22)[:10].tolist() == [2] * 10 and len(epoch) == 24 and epoch.max() < 17
+        assert len({*epoch[epoch >= 10].tolist()}) == 4
+    over_all = np.bincount(np.concatenate(drawn), minlength=22)[10:17]  # 28 of 7: each four times
+    assert over_all.tolist() == [4] * 7
+    halves = [{*epoch[epoch >= 10].tolist()} for epoch in drawn]
+    assert halves[0] != {10, 11, 12, 13}  # not as the file is sorted
+    again = packing.step_examples(counts, 9, 3, 5, weights)
+    assert again.tolist() == packing.step_examples(counts, 9, 3, 5, weights).tolist()
+
+
+def test_one_dataset_of_weight_one_is_no_mixture():
+    assert (packing.step_examples([101], 9, 42, 16, [1.0]) == packing.step_examples(101, 9, 42, 16)).all()

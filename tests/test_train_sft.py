@@ -191,3 +191,25 @@ def test_other_conversations_than_the_checkpoint_was_trained_on_are_refused(tmp_
     chats.write_text(chats.read_text().replace("Sing", "Say"))
     assert wait_for(start_in_fork(arguments, out)) == 0
     assert_same_run(out, two_epochs[1])
+
+
+def test_a_mixture_has_a_validation_loss_of_each_dataset_beside_the_total(tmp_path):
+    def chats(name, answer):
+        chat = [{"role": "user", "content": "Say {i}"}, {"role": "assistant", "content": answer}]
+        with open(tmp_path / name, "w") as file:
+            file.writelines(json.dumps({"messages": chat}).replace("{i}", str(i)) + "\n" for i in range(30))
+        return f"{{dataset: {tmp_path}/{name}, args: {{validation: 0.2}}, weight: %s}}"
+
+    a, b = chats("short.jsonl", "la"), chats("long.jsonl", "la la la la")
+    few = [*FEW, "validation.max_examples=5", "train.max_steps=2"]
+    datasets = {"a": a % 1, "b": b % 1, "both": f"{a % 2}, {b % 0.5}"}
+    for name, entries in datasets.items():
+        arguments = ["configs/quickstart.yaml", f"output_dir={tmp_path}/{name}", *few, f"data.dataset=[{entries}]"]
+        run(tmp_path / name, *arguments, processes=2 if name == "both" else 1)
+    losses = {name: metrics(tmp_path / name, "val/loss")[0] for name in datasets}
+    tokens = {name: metrics(tmp_path / name, "val/supervised_tokens")[0] for name in datasets}
+    assert metrics(tmp_path / "both", "val/loss/short")[0] == pytest.approx(losses["a"], rel=1e-6)
+    assert metrics(tmp_path / "both", "val/loss/long")[0] == pytest.approx(losses["b"], rel=1e-6)
+    assert tokens["both"] == tokens["a"] + tokens["b"]
+    mean = (losses["a"] * tokens["a"] + losses["b"] * tokens["b"]) / tokens["both"]
+    assert losses["both"] == pytest.approx(mean, rel=1e-6)

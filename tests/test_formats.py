@@ -1,0 +1,146 @@
+import gzip
+import json
+
+import datasets
+import pytest
+
+import data
+import formats
+
+ASK, ANSWER = {"role": "user", "content": "One?"}, {"role": "assistant", "content": "First."}
+CALL = {"role": "assistant", "content": "", "tool_calls": [
+    {"type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}]}  # fmt: skip
+SAME = {  # rows of each format, and the messages that they are
+    "messages": ({"messages": [ASK, ANSWER]}, [ASK, ANSWER]),
+    "prompt_completion": ({"prompt": "One?", "completion": "First."}, [ASK, ANSWER]),
+    "alpaca": (
+        {"instruction": "Add.", "input": "1 2", "output": "3", "system": "Be short.", "history": [["a", "b"]]},
+        [
+            {"role": "system", "content": "Be short."}, {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"}, {"role": "user", "content": "Add.\n\n1 2"},
+            {"role": "assistant", "content": "3"},
+        ],
+    ),
+    "sharegpt": (
+        {"system": "Be short.", "conversations": [
+            {"from": "human", "value": "One?"},
+            {"from": "function_call", "value": '{"name": "look", "arguments": {"at": "it"}}'},
+            {"from": "observation", "value": "1"}, {"from": "gpt", "value": "First.", "weight": 0}]},
+        [{"role": "system", "content": "Be short."}, ASK, CALL, {"role": "tool", "content": "1"},
+         {**ANSWER, "weight": 0}],
+    ),
+}  # fmt: skip
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("format", SAME)
+def test_each_format_is_recognised_and_read_as_its_messages(tmp_path, format):
+    row, messages = SAME[format]
+    for rows in (
+        formats.read_rows(write(tmp_path / "rows.jsonl", row, row)),
+        formats.read_rows(write(tmp_path / "rows.jsonl", row, row), format),
+        formats.Rows([formats.File("table", datasets.Dataset.from_list([row, row]))]),
+    ):
+        assert rows.format == format and rows[1]["messages"] == messages
+        data.check_row(rows[1])
+
+
+def test_of_a_prompt_of_messages_nothing_is_trained():
+    row = {"prompt": [ASK, ANSWER, ASK], "completion": [ANSWER], "tools": '[{"name": "f"}]'}
+    made = formats.to_messages(row, "prompt_completion")
+    assert made == {"messages": [ASK, {"train": False, **ANSWER}, ASK, ANSWER], "tools": [{"name": "f"}]}
+
+
+@pytest.mark.parametrize(
+    "rows, reason",
+    [
+        ([{"messages": [], "prompt": "a", "completion": "b"}], "1: the format may be messages or prompt_completion"),
+        ([{"prompt": "a", "completion": "b"}, {"prompt": "a", "chosen": "b"}], "2: the columns chosen, prompt"),
+        ([{"text": "a"}], "1: the columns text are of no format"),
+        ([{"instruction": "a", "output": "b"}, {"messages": []}], "1 is of the format alpaca and .*2 of messages"),
+        ([{"prompt": None, "completion": "b"}], "1: the columns completion"),
+    ],
+)
+def test_a_format_that_not_all_rows_have_alone_is_an_error_with_the_choices(tmp_path, rows, reason):
+    good = formats.read_rows(write(tmp_path / "rows.jsonl", *rows))
+    with pytest.raises(ValueError, match=reason):
+        good.format  # noqa: B018
+    if "of the format" not in reason:
+        with pytest.raises(ValueError, match="data.args.format.*sharegpt: conversations"):
+            good.format  # noqa: B018
+
+
+def test_a_row_far_down_that_fits_two_formats_is_found(tmp_path):
+    row = {"instruction": "a", "output": "b"}
+    rows = formats.read_rows(write(tmp_path / "rows.jsonl", *[row] * 500, {**row, "messages": [ASK, ANSWER]}))
+    with pytest.raises(ValueError, match=":501: the format may be messages or alpaca"):
+        rows.format  # noqa: B018
+    table = datasets.Dataset.from_list([row] * 500 + [{**row, "output": None}])
+    with pytest.raises(ValueError, match=":500: the columns instruction are of no format"):
+        formats.Rows([formats.File("table", table)]).format  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({"prompt": "a", "completion": 3}, "'completion' is '3', which is no text"),
+        ({"conversations": [{"from": "robot", "value": "a"}]}, "nobody knows who 'robot' is"),
+        ({"conversations": [{"from": "human", "value": None}]}, r"conversations\[0\]: the value"),
+        ({"conversations": [{"from": "function_call", "value": "{"}]}, r"conversations\[0\]: is not valid JSON"),
+        ({"messages": [ASK, ANSWER], "images": ["a.png"]}, "'images': only text is trained"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "a"}]}, ANSWER]},
+            "block of type 'image_url': only text is trained",
+        ),
+        ({"messages": [ASK, ANSWER], "tools": "{"}, "tools: is not valid JSON"),
+    ],
+)
+def test_a_row_that_is_wrong_is_refused_with_its_place_and_the_reason(tmp_path, row, reason):
+    good = {name: SAME[f][0][name] for f in SAME for name in formats.COLUMNS[f] if formats.COLUMNS[f] <= row.keys()}
+    rows = formats.read_rows(write(tmp_path / "rows.jsonl", good, row))
+    with pytest.raises(ValueError, match=rf"rows.jsonl:2: .*{reason}"):
+        data.encode_rows(rows, None, "{{ messages }}", "all", "rows", [1])
+
+
+def test_a_folder_and_a_glob_are_all_their_files_by_name(tmp_path):
+    def row(i):
+        return {"messages": [{"role": "user", "content": str(i)}, ANSWER]}
+
+    (tmp_path / "more").mkdir()
+    write(tmp_path / "a.jsonl", row(0), row(1))
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.write(json.dumps(row(2)) + "\n" + json.dumps(row(3)))
+    (tmp_path / "more/c.json").write_text(json.dumps([row(4)]))
+    datasets.Dataset.from_list([row(5)]).to_parquet(tmp_path / "more/d.parquet")
+    (tmp_path / "README.md").write_text("Not data.")
+    rows = formats.read_rows(str(tmp_path))
+    assert [rows[i]["messages"][0]["content"] for i in range(len(rows))] == list("012345")
+    assert rows.where(1).endswith("a.jsonl:2") and rows.where(3).endswith("b.jsonl.gz:2")
+    assert rows.where(5).endswith("d.parquet:0")
+    assert len(formats.read_rows(f"{tmp_path}/*.jsonl*")) == 4 and len(formats.read_rows(f"{tmp_path}/**/*.j*")) == 5
+    for missing in (f"{tmp_path}/*.csv", f"{tmp_path}/none.jsonl"):
+        with pytest.raises(ValueError, match="no file"):
+            formats.read_rows(missing)
+    with pytest.raises(ValueError, match="README.md: must end in"):
+        formats.read_rows(f"{tmp_path}/*.md")
+
+
+def test_lines_are_those_of_the_file_whatever_it_ends_with(tmp_path):
+    for text, lines in ((b"a\nb", [b"a", b"b"]), (b"a\r\n\nb\n\n \n", [b"a\r", b"", b"b"]), (b"", []), (b"\n", [])):
+        (tmp_path / "lines").write_bytes(text)
+        made = formats.Lines(str(tmp_path / "lines"))
+        assert [made[i] for i in range(len(made))] == lines
+
+
+def test_the_fingerprint_changes_with_any_row_and_with_the_format(tmp_path):
+    def fingerprint(*rows, format=None):
+        return formats.read_rows(write(tmp_path / "rows.jsonl", *rows), format).fingerprint()
+
+    first = fingerprint({"prompt": "a", "completion": "b"})
+    assert fingerprint({"prompt": "a", "completion": "b"}) == first
+    assert fingerprint({"prompt": "a", "completion": "c"}) != first
+    assert fingerprint({"prompt": "a", "completion": "b"}, format="prompt_completion") != first
