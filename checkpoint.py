@@ -35,6 +35,7 @@ warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
 MAY_CHANGE = (
     "output_dir", "train.max_steps", "train.max_epochs", "train.max_tokens_per_micro_batch", "validation.", "parallel.",
     "checkpoint.", "logger.", "cluster.", "model.attention", "model.compile", "model.activation_checkpointing",
+    "model.lora.merge", "model.revision",
 )  # fmt: skip
 
 
@@ -224,6 +225,8 @@ def state_of(model, optimizer) -> dict:
     kept = model.state_dict().keys()
     weights = {name: p.detach() for name, p in model.named_parameters()}  # tied weights once
     weights |= {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    if modelling.has_adapter(model):  # what it stands beside is where it was read from
+        weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     moments = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -370,12 +373,17 @@ def export(state: Path, skeleton, tokenizer, stop_ids: list[int], folder: Path):
     modelling.export(skeleton, weights, tokenizer, stop_ids, folder)
 
 
-def put_model(output_dir: Path):
-    """`output_dir/model`, from the newest checkpoint; opened as a user opens it, and compared with the state."""
+def put_model(output_dir: Path, merge: bool):
+    """`output_dir/model`, from the newest checkpoint; opened as a user opens it, and compared with the state. `merge`:
+    a LoRA adapter is added to its base."""
     newest, target, unfinished = find(output_dir)[-1], output_dir / "model", output_dir / "unfinished_model"
     shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(newest / "model", unfinished)
-    modelling.compare(unfinished, read_weights(newest))
+    if merge and (newest / "model/adapter_config.json").is_file():
+        modelling.compare(newest / "model", read_weights(newest))
+        merge_model(newest / "model", None, unfinished)
+    else:
+        shutil.copytree(newest / "model", unfinished)
+        modelling.compare(unfinished, read_weights(newest))
     flush(unfinished)
     if target.is_dir():
         os.rename(target, output_dir / "unfinished_old_model")
@@ -438,16 +446,32 @@ def read_weights(folder: Path) -> dict:
     return weights
 
 
+def merge_model(adapter: Path, weights: dict | None, target: Path):
+    """A model folder of a LoRA adapter's folder, in the dtype that its base is stored in. `weights`: the adapter's, in
+    place of those that the folder has."""
+    model = modelling.open_saved(adapter, "auto")
+    model.load_state_dict(weights or {}, strict=False)
+    modelling.merge_adapter(model)
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(adapter).save_pretrained(target)
+    modelling.compare(target, model.state_dict())
+
+
 def make_model_folder(folder: Path, target: Path):
-    """`folder`: a checkpoint, whose model/ may be gone or damaged but for its configuration and tokenizer."""
+    """`folder`: a checkpoint, whose model/ may be gone or damaged but for its configuration and tokenizer; or the
+    folder of a LoRA adapter, which is added to its base."""
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} is not empty; name another folder")
-    run = folder.resolve().parent.parent
-    source = next((f / "model" for f in [folder, *reversed(find(run))] if (f / "model/tokenizer.json").is_file()), None)
+    candidates = [folder / "model", *(f / "model" for f in reversed(find(folder.resolve().parent.parent))), folder]
+    source = next((f for f in candidates if (f / "tokenizer.json").is_file()), None)
     if source is None:
         raise ValueError(
             f"{folder} has no model/ with configuration and tokenizer, nor has another checkpoint beside it"
         )
+    if (source / "adapter_config.json").is_file():
+        merge_model(source, read_weights(folder) if (folder / "state").is_dir() else None, target)
+        flush(target)
+        return print(f"{target} holds the model of {folder}, with its adapter added to the weights")
     model_config = AutoConfig.from_pretrained(source)
     skeleton = modelling.skeleton(model_config, GenerationConfig.from_pretrained(source), model_config.dtype)
     eos = skeleton.generation_config.eos_token_id

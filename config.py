@@ -28,7 +28,13 @@ class Lora:
     rank: int = key(0, "0: all weights are trained", minimum=0)
     alpha: float = key(16.0, "scale of the adapter: alpha / rank")
     dropout: float = key(0.0, "dropout before the adapter", minimum=0)
-    targets: str | list = key("all-linear", "all-linear, or a list of module names")
+    targets: str | list = key(
+        "all-linear", "all-linear: all but the output layer; or a list of module names, as [q_proj, v_proj]"
+    )
+    base_dtype: str | None = key(
+        None, "of the weights that are not trained; null: model.dtype", choices=[None, "bfloat16", "float32"]
+    )
+    merge: bool = key(False, "true: the final model/ has the adapter added to its weights; false: it is a PEFT adapter")
 
 
 @dataclass
@@ -266,9 +272,10 @@ def convert(value, hint, metadata, where: str):
         names = " or ".join("null" if t is type(None) else getattr(t, "__name__", str(t)) for t in allowed)
         raise ValueError(f"{where} = {value!r} is of type {type(value).__name__}; it must be {names}")
     if metadata["choices"] and value not in metadata["choices"]:
-        near = difflib.get_close_matches(str(value), metadata["choices"], 1)
+        near = difflib.get_close_matches(str(value), [choice for choice in metadata["choices"] if choice], 1)
         hint_text = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{where} = {value!r} must be one of {', '.join(metadata['choices'])}{hint_text}")
+        choices = ", ".join("null" if choice is None else choice for choice in metadata["choices"])
+        raise ValueError(f"{where} = {value!r} must be one of {choices}{hint_text}")
     if type(value) is float and not abs(value) < float("inf"):
         raise ValueError(f"{where} = {value!r} must be a finite number")
     if metadata["minimum"] is not None and type(value) in (int, float) and value < metadata["minimum"]:
@@ -292,14 +299,28 @@ def check(config: Config):
     if checkpoint.must_save_by is not None and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", checkpoint.must_save_by):
         raise ValueError(f"checkpoint.must_save_by = {checkpoint.must_save_by!r} must be DD:HH:MM:SS, as 00:03:45:00")
     check_mixture(config.data)
+    check_lora(config.model)
     for name, asked, instead in [
-        ("model.lora.rank", config.model.lora.rank > 0, "0"),
         ("parallel.context", config.parallel.context > 1, "1"),
     ]:
         if asked:
             raise ValueError(f"{name}: is not implemented yet; set it to {instead}")
     if config.parallel.strategy == "ddp" and (config.parallel.replicas > 1 or config.parallel.cpu_offload):
         raise ValueError("parallel.replicas and parallel.cpu_offload need parallel.strategy=fsdp")
+
+
+def check_lora(model: Model):
+    lora = model.lora
+    if not lora.rank:
+        return
+    if model.from_scratch:
+        raise ValueError("model.lora.rank > 0 needs trained weights below it: set model.from_scratch=false")
+    if lora.dropout >= 1:
+        raise ValueError(f"model.lora.dropout = {lora.dropout} must be below 1")
+    if lora.base_dtype == "bfloat16" and model.dtype == "float32":
+        raise ValueError("model.lora.base_dtype=bfloat16 needs model.dtype=bfloat16")
+    if not (lora.targets == "all-linear" or isinstance(lora.targets, list) and lora.targets):
+        raise ValueError(f"model.lora.targets = {lora.targets!r} must be all-linear or a list of module names")
 
 
 def check_mixture(data: Data):
@@ -363,7 +384,8 @@ def describe() -> str:
     lines = []
     for name, hint, field in leaves():
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-        kind = " | ".join(field.metadata["choices"]) if field.metadata["choices"] else type_name(hint)
+        choices = [choice or "null" for choice in field.metadata["choices"] or []]
+        kind = " | ".join(choices) or type_name(hint)
         shown = yaml.safe_dump(default, default_flow_style=True).replace("\n...\n", "").strip()
         lines.append(f"  {name}: {kind} = {shown}\n      {field.metadata['help']}")
     return "\n".join(lines)

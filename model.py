@@ -1,4 +1,4 @@
-"""The model: load, attention within documents, loss, DDP and FSDP, optimizer, export."""
+"""The model: load, attention within documents, LoRA, DDP and FSDP, loss, optimizer, export."""
 
 import contextlib
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -18,7 +19,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
 logging.disable_progress_bar()  # a bar per export says nothing; what matters is printed by train_sft.py
@@ -113,20 +114,28 @@ def choose_attention(config, device: torch.device) -> str:
 
 
 def load(config, device: torch.device) -> torch.nn.Module:
-    """The model of a `config.Model`, float32 on the CPU; random weights are the same on every rank (caller seeds)."""
+    """The model of a `config.Model`, on the CPU; random weights are the same on every rank (caller seeds). Trained
+    weights are float32."""
     attention = choose_attention(config, device)
     if config.from_scratch:
         model_config = AutoConfig.from_pretrained(config.name, revision=config.revision)
         model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, attn_implementation=attention)
     else:
         model = AutoModelForCausalLM.from_pretrained(
-            config.name, revision=config.revision, dtype=torch.float32, attn_implementation=attention
+            config.name, revision=config.revision, dtype=base_dtype(config), attn_implementation=attention
         )
     prepare_for_training(model, config)
     return model
 
 
+def base_dtype(config) -> torch.dtype:
+    """Of the weights of a `config.Model`, but for an adapter's."""
+    return getattr(torch, config.lora.base_dtype or config.dtype) if config.lora.rank else torch.float32
+
+
 def prepare_for_training(model, config):
+    if config.lora.rank:
+        add_adapter(model, adapter_config(model, config))
     model.config.use_cache = False
     model.train()
     if config.activation_checkpointing:
@@ -172,17 +181,135 @@ def keeps_documents_apart(model, dtype: torch.dtype) -> bool:
     )
 
 
+# ---- LoRA ------------------------------------------------------------------------------------------------------------
+
+
+class LoraLinear(torch.nn.Linear):
+    """A linear layer whose weight stays as it is, plus a trained matrix of low rank: `x W' + scale dropout(x) A' B'`
+    (Hu et al., 2021, https://arxiv.org/abs/2106.09685). lora_A (rank, in_features), lora_B (out_features, rank), zeros
+    at first; float32."""
+
+    def __init__(self, linear: torch.nn.Linear, rank: int, scale: float, dropout: float):
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        self.weight, self.bias, self.scale = linear.weight, linear.bias, scale
+        self.dropout = torch.nn.Dropout(dropout)
+        options = {"device": linear.weight.device, "dtype": torch.float32}
+        self.lora_A = torch.nn.Parameter(torch.empty(rank, linear.in_features, **options))
+        self.lora_B = torch.nn.Parameter(torch.zeros(linear.out_features, rank, **options))
+        torch.nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x):  # (..., in_features)
+        low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., rank)
+        return super().forward(x) + self.scale * F.linear(low, self.lora_B.to(x.dtype))  # (..., out_features)
+
+    def merged(self) -> torch.nn.Linear:
+        linear = torch.nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        weight = self.weight.float() + self.scale * (self.lora_B.float() @ self.lora_A.float())
+        linear.weight, linear.bias = torch.nn.Parameter(weight.to(self.weight.dtype)), self.bias
+        return linear
+
+
+def adapter_config(model, config) -> dict:
+    """What PEFT writes into adapter_config.json, for the LoRA of a `config.Model`. Raises ValueError where a target is
+    no linear layer of the model. https://huggingface.co/docs/peft/package_reference/lora"""
+    lora, head = config.lora, model.get_output_embeddings()
+    linear = [n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head]
+    names = sorted({name.rpartition(".")[2] for name in linear})
+    targets = names if lora.targets == "all-linear" else lora.targets
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in linear):
+            raise ValueError(
+                f"model.lora.targets: {target!r} is no linear layer of this model that can be adapted; there are "
+                f"{', '.join(names) or 'none'}"
+            )
+    if not targets:
+        raise ValueError(f"model.lora.rank = {lora.rank}: {config.name} has no linear layers (torch.nn.Linear)")
+    folder = Path(config.name)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(folder.absolute()) if folder.is_dir() else config.name,
+        # the very weights that it was trained on, whatever comes after them
+        "revision": getattr(model.config, "_commit_hash", None) or config.revision,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": targets,
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+
+def add_adapter(model, adapter: dict):
+    """Make `LoraLinear` of the linear layers that a PEFT configuration names; nothing else is trained."""
+    model.requires_grad_(False)
+    head = model.get_output_embeddings()
+    for name, module in [*model.named_modules()]:
+        chosen = any(f".{name}".endswith(f".{target}") for target in adapter["target_modules"])
+        if chosen and isinstance(module, torch.nn.Linear) and module is not head:
+            scale = adapter["lora_alpha"] / adapter["r"]
+            model.set_submodule(name, LoraLinear(module, adapter["r"], scale, adapter["lora_dropout"]))
+    model.adapter_config = adapter
+
+
+def has_adapter(model) -> bool:
+    return hasattr(model, "adapter_config")
+
+
+def merge_adapter(model):
+    """The adapter added to the weights that it stands beside."""
+    for name, module in [*model.named_modules()]:
+        if isinstance(module, LoraLinear):
+            model.set_submodule(name, module.merged())
+    del model.adapter_config
+
+
+def open_saved(name: str, dtype, attention: str = "sdpa"):
+    """The model of a folder or of the Hub, for answering. A folder with a LoRA adapter: its base with the adapter.
+    Raises ValueError where it is an adapter of another kind."""
+    path = Path(name) / "adapter_config.json"
+    if not path.is_file():
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention).eval()
+    adapter = json.loads(path.read_text(encoding="utf-8"))
+    others = [
+        key
+        for key in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "fan_in_fan_out")
+        if adapter.get(key)
+    ]
+    if adapter.get("peft_type") != "LORA" or others or not isinstance(adapter.get("target_modules"), list):
+        raise ValueError(f"{path}: only plain LoRA adapters with a list of target_modules are read here {others}")
+    base, revision = adapter["base_model_name_or_path"], adapter.get("revision")
+    model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=dtype, attn_implementation=attention)
+    add_adapter(model, adapter)
+    weights = load_file(path.with_name("adapter_model.safetensors"))
+    weights = {inner_name(name): value for name, value in weights.items()}
+    if weights.keys() != {name for name, p in model.named_parameters() if p.requires_grad}:
+        raise ValueError(f"{path.parent} does not hold the weights of the layers that its adapter_config.json names")
+    model.load_state_dict(weights, strict=False)
+    if (path.parent / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path.parent)
+    return model.eval()
+
+
+def peft_name(name: str) -> str:
+    return f"base_model.model.{name}.weight"
+
+
+def inner_name(name: str) -> str:
+    return name.removeprefix("base_model.model.").removesuffix(".weight")
+
+
 # ---- parallel --------------------------------------------------------------------------------------------------------
 
 
 def choose_strategy(strategy: str, model, world_size: int, gpu_bytes: float | None) -> str:
-    """auto: ddp where weights, gradients and Adam's two moments (16 bytes a weight) take at most half of the GPU.
+    """auto: ddp where weights, gradients and Adam's two moments (16 bytes a trained weight) take at most half a GPU.
     `gpu_bytes`: memory of each GPU; None: the run is on CPUs."""
     if strategy != "auto":
         return strategy
     if world_size == 1 or gpu_bytes is None:
         return "ddp"
-    needed = 16 * sum(p.numel() for p in model.parameters())
+    needed = sum(p.numel() * (16 if p.requires_grad else p.element_size()) for p in model.parameters())
     return "ddp" if needed <= gpu_bytes / 2 else "fsdp"
 
 
@@ -428,38 +555,50 @@ def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, st
     ]
 
 
-def skeleton(config, generation_config, dtype: torch.dtype):
-    """The model of a transformers configuration without weights (on the meta device), as it is to be saved."""
+def skeleton(config, generation_config, dtype: torch.dtype, adapter: dict | None = None):
+    """The model of a transformers configuration without weights (on the meta device), as it is to be saved. `adapter`:
+    see `adapter_config`."""
     config = type(config).from_dict(config.to_dict())
     config.use_cache, config.dtype = True, dtype
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, dtype=dtype)
     empty.generation_config.update(**generation_config.to_diff_dict())
+    if adapter:
+        with torch.device("meta"):
+            add_adapter(empty, adapter)
     return empty
 
 
 def export(empty, weights: dict, tokenizer, stop_ids: list[int], folder: Path):
-    """A model folder that `from_pretrained` and serving engines open. `empty`: `skeleton` of the model, empty again
-    afterwards; `weights`: by name, tied ones once. Builds no model, so that it may run beside the training."""
+    """A model folder that `from_pretrained` and serving engines open, or a PEFT adapter's. `empty`: `skeleton` of the
+    model, empty again afterwards; `weights`: by name, tied ones once. Builds no model, so that it may run beside the
+    training."""
     shutil.rmtree(folder, ignore_errors=True)
-    missing = {name for name, p in empty.named_parameters()} - {*weights}
+    missing = {name for name, p in empty.named_parameters() if p.requires_grad} - {*weights}
     tied = {name for names in (empty._tied_weights_keys or {},) for name in names}
     if {name for name in missing if not any(re.fullmatch(pattern, name) for pattern in tied)}:
         raise ValueError(f"the checkpoint lacks the weights {sorted(missing)[:3]}")
-    empty.load_state_dict(weights, assign=True, strict=False)
-    empty.tie_weights()
     generation = empty.generation_config
     generation.eos_token_id = stop_ids if len(stop_ids) > 1 else stop_ids[0]
     generation.pad_token_id = generation.pad_token_id if generation.pad_token_id is not None else stop_ids[0]
-    empty.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    empty.to("meta")
+    if has_adapter(empty):
+        (folder / "adapter_config.json").write_text(json.dumps(empty.adapter_config, indent=2) + "\n", encoding="utf-8")
+        save_file({peft_name(name): value for name, value in weights.items()}, folder / "adapter_model.safetensors")
+        generation.save_pretrained(folder)
+    else:
+        empty.load_state_dict(weights, assign=True, strict=False)
+        empty.tie_weights()
+        empty.save_pretrained(folder)
+        empty.to("meta")
     for name in weight_files(folder):
         check_size(folder / name)
 
 
 def weight_files(folder: Path) -> list[str]:
     """The names of a model folder's safetensors files."""
+    if (folder / "adapter_config.json").is_file():
+        return ["adapter_model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
@@ -481,7 +620,7 @@ def check_size(path: Path):
 
 def compare(folder: Path, weights: dict):
     """Raises RuntimeError unless the folder, opened as a user opens it, has exactly these weights, in its dtype."""
-    reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
+    reloaded = open_saved(folder, "auto").state_dict()
     different = [
         name
         for name, value in weights.items()

@@ -293,41 +293,54 @@ def memory(cfg, tokenizer, world_size: int, gpu_gib: float, row: dict) -> dict:
     if attention == "document_varlen":
         attention = "document_sdpa"  # keeps the same tensors, and runs without a GPU
     with FakeTensorMode():
-        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, attn_implementation=attention)
+        base_dtype = modelling.base_dtype(cfg.model)
+        model = AutoModelForCausalLM.from_config(model_config, dtype=base_dtype, attn_implementation=attention)
         modelling.check_vocabulary(model, tokenizer)
+        modelling.prepare_for_training(model, cfg.model)
         vocabulary = model.get_input_embeddings().num_embeddings
-        weights = sum(p.numel() for p in model.parameters())
-        in_block = sum(p.numel() for p in modelling.blocks(model)[0].parameters())
-        root = weights - sum(p.numel() for p in modelling.blocks(model).parameters())
+        weights, trained = counts(model)
+        (in_block, trained_in_block), in_blocks = counts(modelling.blocks(model)[0]), counts(modelling.blocks(model))
+        root, trained_root = weights - in_blocks[0], trained - in_blocks[1]
         strategy = modelling.choose_strategy(cfg.parallel.strategy, model, world_size, gpu_gib * GIB)
         sharded = strategy == "fsdp" and world_size > 1
         dtype = modelling.compute_dtype(cfg)
         size = dtype.itemsize  # bytes a number in forward and backward
         if sharded:  # FSDP casts the weights, elsewhere autocast does
             model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=attention)
-        modelling.prepare_for_training(model, cfg.model)
+            modelling.prepare_for_training(model, cfg.model)
         activations = saved_bytes(model, tokens, supervised, None if sharded else dtype)
 
     shards = modelling.mesh_shape(cfg.parallel.replicas, world_size)[1] if sharded else 1
     held = 0 if sharded and cfg.parallel.cpu_offload else 1
     parts = {
-        "weights": held * 4 * weights / shards,
-        "gradients": held * 4 * weights / shards,
-        "optimizer": held * 8 * weights / shards,
+        "weights": held * (base_dtype.itemsize * (weights - trained) + 4 * trained) / shards,
+        "gradients": held * 4 * trained / shards,
+        "optimizer": held * 8 * trained / shards,
         # FSDP gathers a block while the one before runs, and reduces a block's gradients in float32
-        "gathered": (2 * size * (root + in_block) + size * in_block + 4 * max(root, in_block)) if sharded else 0,
+        "gathered": (
+            2 * size * (root + in_block) + size * trained_in_block + 4 * max(trained_root, trained_in_block)
+            if sharded
+            else 0
+        ),
         "activations": activations,
         "loss_gradient": (4 + size) * min(supervised * vocabulary, modelling.HeadLoss.LOGITS),  # a chunk's
     }
     gib = {name: round(count / GIB, 2) for name, count in parts.items()}
     return {
         "model_weights": weights,
+        "trained_weights": trained,
         "strategy": strategy,
         "row_tokens": tokens,
         **{f"{name}_gib": amount for name, amount in gib.items()},
         "total_gib": round(sum(parts.values()) / GIB, 2),
         "gpu_gib": round(0.9 * gpu_gib, 1),
     }
+
+
+def counts(module) -> tuple[int, int]:
+    """(weights, trained weights)."""
+    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
 
 
 def saved_bytes(model, tokens: int, supervised: int, autocast: torch.dtype | None) -> int:

@@ -198,6 +198,16 @@ def check_data(folder: Path | None, train_set) -> int:
     return checkpoint.step_of(folder)
 
 
+def check_base(folder: Path, adapter: dict):
+    """Raises ValueError where the weights below a checkpoint's adapter were others than they are now."""
+    before = json.loads((folder / "model/adapter_config.json").read_text(encoding="utf-8"))["revision"]
+    if before != adapter["revision"]:
+        raise ValueError(
+            f"{folder} was trained on revision {before} of {adapter['base_model_name_or_path']}, which is at "
+            f"{adapter['revision']} now; set model.revision={before}"
+        )
+
+
 def barrier():
     if dist.is_initialized():
         dist.barrier()
@@ -276,9 +286,12 @@ def train(
         strategy = "ddp"  # one process has nothing to shard
     parallel_model, model = modelling.parallelise(model, cfg, strategy, world_size, device)
     optimizer = modelling.make_optimizer(model, cfg.train)
+    adapter = getattr(model, "adapter_config", None)
     if folder:
         checkpoint.load(folder, model, optimizer)
-    empty = modelling.skeleton(model.config, model.generation_config, modelling.compute_dtype(cfg))
+        if adapter:
+            check_base(folder, adapter)
+    empty = modelling.skeleton(model.config, model.generation_config, modelling.compute_dtype(cfg), adapter)
     writer = checkpoint.Writer(
         output_dir, cfg.checkpoint.keep, cfg.checkpoint.async_save, rank, empty, copy.deepcopy(tokenizer), stop_ids
     )
@@ -292,8 +305,13 @@ def train(
     tracker = None
     if rank == 0:
         print(
-            f"{cfg.model.name}: {sum(p.numel() for p in model.parameters()):,} weights, {strategy} over {world_size} "
-            f"process(es) on {device.type}; {steps} steps, {steps_per_epoch} an epoch"
+            f"{cfg.model.name}: {sum(p.numel() for p in model.parameters()):,} weights"
+            + (
+                f", {sum(p.numel() for p in model.parameters() if p.requires_grad):,} of them trained"
+                if adapter
+                else ""
+            )
+            + f", {strategy} over {world_size} process(es) on {device.type}; {steps} steps, {steps_per_epoch} an epoch"
             + (f"; going on from step {start}" if start else "")
         )
         tracker = Tracker(cfg.logger, configuration.to_dict(cfg), configuration.dump(cfg), output_dir, start, steps)
@@ -412,7 +430,7 @@ def train(
         tracker.say(f"stopped after step {step} ({reason}); the same command goes on from there")
         (output_dir / "STOP").unlink(missing_ok=True)
     elif rank == 0:
-        checkpoint.put_model(output_dir)
+        checkpoint.put_model(output_dir, cfg.model.lora.merge)
         tracker.say(f"finished: {output_dir / 'model'} holds the model (reloaded, equal to the trained weights)")
         checkpoint.write_status(output_dir, "finished", steps)
     if tracker:

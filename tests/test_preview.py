@@ -12,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import config as configuration
 import model as modelling
 import preview
 
@@ -104,7 +105,7 @@ def test_the_memory_of_fake_tensors_is_that_of_real_ones(checkpointing):
     for mode in (FakeTensorMode(), torch.random.fork_rng()):
         with mode:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="document_sdpa")
-            settings = type("Model", (), {"activation_checkpointing": checkpointing})
-            modelling.prepare_for_training(model, settings)
+            settings = configuration.load(None, [f"model.activation_checkpointing={str(checkpointing).lower()}"])
+            modelling.prepare_for_training(model, settings.model)
             measured.append(preview.saved_bytes(model, 300, 40, torch.bfloat16))
     assert measured[0] == measured[1] > 300 * config.hidden_size * config.num_hidden_layers

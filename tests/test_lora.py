@@ -1,0 +1,167 @@
+"""LoRA: what is trained, what is saved, and that a run of it is as any other."""
+
+import json
+
+import pytest
+import torch
+from running import metrics, run
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import checkpoint
+import config
+import model as modelling
+
+PROMPT = "What is the capital of France? The capital of France is Paris."
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with a model to adapt: random weights, larger than those of a start, so that all layers tell."""
+    folder = tmp_path_factory.mktemp("base") / "base"
+    cfg = config.load("configs/quickstart.yaml", []).model
+    torch.manual_seed(1)
+    model = modelling.load(cfg, torch.device("cpu"))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(2)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(cfg.name).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def arguments(base):
+    return [
+        "configs/quickstart.yaml", f"model.name={base}", "model.from_scratch=false", "model.lora.rank=4",
+        "train.max_steps=4", "train.warmup_steps=0", "train.schedule=constant", "validation.every=2",
+        "validation.max_examples=8", "validation.exact_match=0", "validation.samples=0", "checkpoint.every=2",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(arguments, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lora") / "run"
+    run(folder, *arguments, "model.lora.dropout=0.1", f"output_dir={folder}")
+    return folder
+
+
+def logits(model, tokenizer):
+    with torch.no_grad():
+        return model(tokenizer(PROMPT, return_tensors="pt").input_ids).logits
+
+
+def test_a_lora_layer_adds_a_scaled_product_of_two_small_matrices_and_trains_them_alone():
+    linear = torch.nn.Linear(5, 3)
+    layer = modelling.LoraLinear(linear, rank=2, scale=4.0, dropout=0.0)
+    linear.weight.requires_grad_(False)
+    x = torch.randn(7, 5)
+    assert torch.equal(layer(x), linear(x))  # B is zero at first
+    torch.nn.init.normal_(layer.lora_B)
+    wanted = linear(x) + 4.0 * (x @ layer.lora_A.T) @ layer.lora_B.T
+    torch.testing.assert_close(layer(x), wanted)
+    torch.testing.assert_close(layer.merged()(x), wanted)
+    layer(x).sum().backward()
+    assert layer.weight.grad is None and layer.lora_A.grad is not None and layer.lora_B.grad is not None
+
+
+def test_all_linear_is_all_but_the_output_layer_and_names_choose(base):
+    def adapted(targets):
+        cfg = config.load(None, [f"model.name={base}", "model.lora.rank=2", f"model.lora.targets={targets}"]).model
+        return modelling.load(cfg, torch.device("cpu"))
+
+    model = adapted("all-linear")
+    names = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    chosen = {name for name, module in model.named_modules() if isinstance(module, modelling.LoraLinear)}
+    assert names - chosen == {"lm_head"}
+    assert {p for p in model.parameters() if p.requires_grad} == {
+        p for name, p in model.named_parameters() if "lora_" in name}  # fmt: skip
+    model = adapted("[q_proj, layers.0.mlp.up_proj]")
+    chosen = {name for name, module in model.named_modules() if isinstance(module, modelling.LoraLinear)}
+    layers = range(model.config.num_hidden_layers)
+    assert chosen == {f"model.layers.{i}.self_attn.q_proj" for i in layers} | {"model.layers.0.mlp.up_proj"}
+    for wrong in ("[qproj]", "[lm_head]", "[embed_tokens]"):
+        with pytest.raises(ValueError, match="no linear layer .* there are down_proj"):
+            adapted(wrong)
+
+
+def test_the_saved_adapter_is_the_trained_one_and_holds_nothing_of_the_base(trained, base):
+    weights = load_file(trained / "model/adapter_model.safetensors")
+    state = checkpoint.read_weights(trained / "checkpoints/step_00000004")
+    assert {modelling.peft_name(name): value.tolist() for name, value in state.items()} == {
+        name: value.tolist() for name, value in weights.items()}  # fmt: skip
+    assert all("lora_" in name for name in weights) and any(w.abs().sum() for n, w in weights.items() if "lora_B" in n)
+    assert json.loads((trained / "model/adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    text = AutoTokenizer.from_pretrained(trained / "model").apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False
+    )
+    assert text.startswith("<|im_start|>user")
+
+
+def test_peft_opens_the_adapter_with_equal_logits(trained):
+    peft = pytest.importorskip("peft")
+    tokenizer = AutoTokenizer.from_pretrained(trained / "model")
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(trained / "model").eval()
+    ours = modelling.open_saved(trained / "model", torch.float32)
+    untrained = modelling.open_saved(theirs.peft_config["default"].base_model_name_or_path, torch.float32)
+    torch.testing.assert_close(logits(theirs, tokenizer), logits(ours, tokenizer), rtol=1e-5, atol=1e-5)
+    assert (logits(untrained, tokenizer) - logits(ours, tokenizer)).abs().max() > 0.01
+
+
+def test_the_adapter_added_to_the_weights_is_a_plain_model_with_equal_logits(trained, arguments, tmp_path):
+    checkpoint.main([str(trained / "checkpoints/step_00000004"), str(tmp_path / "merged")])
+    checkpoint.main([str(trained / "model"), str(tmp_path / "of_model")])
+    run(tmp_path, *arguments, "model.lora.dropout=0.1", "model.lora.merge=true", f"output_dir={tmp_path}/run")
+    tokenizer = AutoTokenizer.from_pretrained(trained / "model")
+    wanted = logits(modelling.open_saved(trained / "model", torch.float32), tokenizer)
+    for folder in (tmp_path / "merged", tmp_path / "of_model", tmp_path / "run/model"):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        torch.testing.assert_close(logits(model, tokenizer), wanted, rtol=1e-5, atol=1e-5)
+        assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_a_run_with_dropout_repeats_and_goes_on_from_a_checkpoint_bit_for_bit(trained, arguments, tmp_path):
+    arguments = [*arguments, "model.lora.dropout=0.1", f"output_dir={tmp_path}/run"]
+    run(tmp_path, *arguments, "train.max_steps=2")
+    run(tmp_path, *arguments)
+    a, b = (load_file(folder / "model/adapter_model.safetensors") for folder in (tmp_path / "run", trained))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in b)
+    assert metrics(tmp_path / "run") == metrics(trained)
+
+
+@pytest.mark.parametrize("overrides", [["parallel.strategy=ddp"], ["parallel.strategy=fsdp"]])
+def test_the_losses_do_not_depend_on_the_machine(arguments, tmp_path, overrides):
+    for name, processes in (("one", 1), ("two", 2)):
+        run(tmp_path / name, *arguments, *overrides, f"output_dir={tmp_path}/{name}", processes=processes)
+    for name in ("train/loss", "train/grad_norm", "val/loss"):
+        assert metrics(tmp_path / "two", name) == pytest.approx(metrics(tmp_path / "one", name), rel=1e-5)
+    a, b = (load_file(tmp_path / name / "model/adapter_model.safetensors") for name in ("one", "two"))
+    assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in b)
+
+
+@pytest.mark.parametrize("overrides", [["parallel.strategy=ddp"], ["parallel.strategy=fsdp"], ["model.compile=true"]])
+def test_the_base_may_be_bfloat16_and_the_adapter_is_float32(arguments, tmp_path, overrides):
+    out = tmp_path / "out"
+    said = run(out, *arguments, "model.dtype=bfloat16", *overrides, f"output_dir={out}",
+               processes=1 if "compile" in overrides[0] else 2)  # fmt: skip
+    losses = metrics(out)
+    assert losses[4] < losses[1], said
+    weights = load_file(out / "model/adapter_model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    cfg = config.load(str(out / "config.yaml"), []).model
+    model = modelling.load(cfg, torch.device("cpu"))
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    "override, reason",
+    [
+        ("model.from_scratch=true", "needs trained weights below it"),
+        ("model.lora.base_dtype=bfloat16", "needs model.dtype=bfloat16"),
+        ("model.lora.targets=linear", "must be all-linear or a list"),
+        ("model.lora.dropout=1.0", "must be below 1"),
+    ],
+)
+def test_a_lora_that_cannot_be_is_refused_with_the_mend(override, reason):
+    with pytest.raises(ValueError, match=reason):
+        config.load(None, ["model.lora.rank=4", "model.dtype=float32", override])
