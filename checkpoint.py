@@ -56,6 +56,20 @@ def newest_whole(output_dir: Path) -> Path | None:
     return next((folder for folder in reversed(find(output_dir)) if damage(folder) is None), None)
 
 
+def find_model(name: str) -> str:
+    """The model that a folder holds: a run's newest, a checkpoint's, or the folder's own. What is no folder is returned
+    as it is: a name on the Hub. Raises ValueError where a folder holds none."""
+    folder = Path(name)
+    if not folder.is_dir() or (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+        return name
+    newest = newest_whole(folder)
+    if (folder / "model").is_dir() and (newest is None or read_state(folder) == "finished"):
+        return str(folder / "model")
+    if newest is None:
+        raise ValueError(f"{name} holds no model and no whole checkpoint")
+    return str(newest / "model")
+
+
 def damage(folder: Path, thorough: bool = False) -> str | None:
     """What is missing in a checkpoint: the sizes of its files, and all that the small ones hold (`thorough`: that
     all of them hold); None: nothing is."""

@@ -102,10 +102,12 @@ class Train:
 class Validation:
     every: int | None = key(10, "steps; null: never", minimum=1)
     at_start: bool = key(True, "validate before the first step too")
-    max_examples: int | None = key(256, "the same ones each time; null: all", minimum=1)
-    samples: int = key(2, "prompts answered aloud at each validation", minimum=0)
+    max_examples: int | None = key(256, "of each dataset, the same ones each time; null: all", minimum=1)
+    samples: int = key(2, "prompts (of each dataset) answered aloud at each validation", minimum=0)
     exact_match: int = key(
-        0, "validation conversations whose turns are answered greedily and scored, before and after", minimum=0
+        0,
+        "validation conversations (of each dataset) whose last turn is answered greedily and scored, before and after",
+        minimum=0,
     )
 
 

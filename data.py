@@ -288,6 +288,13 @@ def check_row(row):
         raise ValueError("has no assistant turn, so there is nothing to train")
 
 
+def answers_of(row: dict) -> list[str] | None:
+    """All right answers to the last question of a row, where it has a list of them; None: the reference alone is."""
+    answers = row.get("answers")
+    listed = isinstance(answers, list) and answers and all(isinstance(answer, str) for answer in answers)
+    return answers if listed else None
+
+
 # ---- tokenised once, memory-mapped ---------------------------------------------------------------------------------
 
 
@@ -348,7 +355,7 @@ def tokenise_splits(config, tokenizer) -> dict:
     validation, prepared["answers"] = open_split(prepared, "validation", config.data), []
     for i in validation.first(config.validation.exact_match):
         rows = entries[validation.part_of(i)].dataset.formatted_ds["validation"]
-        prepared["answers"].append(rows[int(validation.rows[i])].get("answers"))
+        prepared["answers"].append(answers_of(rows[int(validation.rows[i])]))
     return prepared
 
 
@@ -573,14 +580,11 @@ def write_results(results, files, digest, bar):
 def encode_rows(rows, tokenizer, chat_template, train_on, name, chunk):
     encoded = []
     for i in chunk:
-        where = place_of(rows, name, i)
-        try:
+        with at_row(rows, name, i):
             row = rows[i]
             check_row(row)
             tools = row.get("tools") or None
             encoded.append(templates.encode(tokenizer, row["messages"], tools, chat_template, train_on))
-        except ValueError as error:
-            raise ValueError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
     ids = np.array([token for example in encoded for token in example.input_ids], dtype=np.int32)
     labels = np.array([token for example in encoded for token in example.labels], dtype=np.int32)
     return ids, labels, np.array([len(example.input_ids) for example in encoded], dtype=np.int32)
@@ -591,9 +595,14 @@ def format_of(rows) -> str | None:
     return rows.format if isinstance(rows, (formats.Rows, formats.Part)) else None
 
 
-def place_of(rows, name: str, i: int) -> str:
-    """Where row i stands, for errors."""
-    return rows.where(i) if isinstance(rows, (formats.Rows, formats.Part)) else f"{name} row {i}"
+@contextlib.contextmanager
+def at_row(rows, name: str, i: int):
+    """A ValueError gets the place of row i in front."""
+    try:
+        yield
+    except ValueError as error:
+        where = rows.where(i) if isinstance(rows, (formats.Rows, formats.Part)) else f"{name} row {i}"
+        raise ValueError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
 
 
 def fingerprint(rows) -> str:

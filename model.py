@@ -522,37 +522,16 @@ def learning_rate(train, step: int, steps: int) -> float:
     return train.min_learning_rate + (train.learning_rate - train.min_learning_rate) * factor
 
 
-# ---- generation and export -------------------------------------------------------------------------------------------
+# ---- export -------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, stop_ids: list[int]):
-    """Greedy answers (lists of ids, without what comes after the first stop id) to prompts of token ids, as a batch."""
-    attention, was_training = model.config._attn_implementation, model.training
-    model.eval()
-    model.set_attn_implementation("eager" if attention == "eager" else "sdpa")
-    longest = max(len(prompt) for prompt in prompts)
-    pad = stop_ids[0]
-    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)  # (prompts, longest)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        eos_token_id=stop_ids,
-        pad_token_id=pad,
-        use_cache=True,
-        synced_gpus=is_sharded(model),  # it runs on all ranks or none
-    )[:, longest:].tolist()
-    model.set_attn_implementation(attention)
-    model.train(was_training)
-    return [
-        answer[: next((k for k, token in enumerate(answer) if token in stop_ids), len(answer))] for answer in output
-    ]
+def stop_ids_of(model, tokenizer) -> list[int]:
+    """Where a saved model's answers end."""
+    stop = model.generation_config.eos_token_id
+    stop = tokenizer.eos_token_id if stop is None else stop
+    if stop is None:
+        raise ValueError("neither the model nor its tokenizer says which token ends an answer (eos_token)")
+    return stop if isinstance(stop, list) else [stop]
 
 
 def skeleton(config, generation_config, dtype: torch.dtype, adapter: dict | None = None):

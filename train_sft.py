@@ -25,9 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import config as configuration
 import data
+import evaluate
 import model as modelling
 import packing
-import templates
 from tracking import Tracker
 from watchdog import Watchdog, connect
 
@@ -54,7 +54,7 @@ def main():
             watchdog.close()
             return
         watchdog.at("preparing the data")
-        tokenizer, train_set, validation_set, stop_ids = prepare(cfg, rank, local_rank)
+        tokenizer, train_set, validation_set, stop_ids, right_answers = prepare(cfg, rank, local_rank)
         if world_size > 1:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             # Who waits for whom, and for how long, is the watchdog's business: it names the rank
@@ -78,8 +78,8 @@ def main():
                 stop.unlink()  # it was meant for an earlier start
         barrier()
         train(
-            cfg, output_dir, rank, local_rank, world_size, tokenizer, train_set, validation_set, stop_ids, folder,
-            watchdog, began,
+            cfg, output_dir, rank, local_rank, world_size, tokenizer, train_set, validation_set, stop_ids,
+            right_answers, folder, watchdog, began,
         )  # fmt: skip
         watchdog.close()
         del lock
@@ -217,8 +217,9 @@ def barrier():
 
 
 def prepare(cfg, rank: int, local_rank: int):
-    """(tokenizer, training and validation examples, ids that end a turn). One process per machine reads and tokenises
-    the data; the others wait at torchrun's own store, which has no collective's timeout."""
+    """(tokenizer, training and validation examples, ids that end a turn, right answers to what is scored). One process
+    per machine reads and tokenises the data; the others wait at torchrun's own store, which has no collective's
+    timeout."""
     from huggingface_hub import constants
 
     if rank == 0 and "HF_HOME" not in os.environ:
@@ -248,15 +249,15 @@ def prepare(cfg, rank: int, local_rank: int):
                     f"({cfg.data.overlong}), {total['nothing_to_train']:,} with nothing to train left out"
                 )
         examples.check(split)
-    return tokenizer, *sets, data.find_stop_ids(tokenizer, sets[0])
+    return tokenizer, *sets, data.find_stop_ids(tokenizer, sets[0]), prepared["answers"]
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
 
 def train(
-    cfg, output_dir, rank, local_rank, world_size, tokenizer, train_set, validation_set, stop_ids, folder, watchdog,
-    began,
+    cfg, output_dir, rank, local_rank, world_size, tokenizer, train_set, validation_set, stop_ids, right_answers,
+    folder, watchdog, began,
 ):  # fmt: skip
     """`folder`: the checkpoint to go on from, or None; `began`: when this process did, for `must_save_by`."""
     device = torch.device("cpu")
@@ -324,6 +325,16 @@ def train(
         for row in packing.pack(np.array(part), validation_set.lengths, world_size, max_tokens)[rank]
     ]
 
+    def questions(chosen: list[int], answers: list):
+        return [
+            evaluate.question_of(tokenizer, *validation_set[i], stop_ids, right, validation_set.part_of(i))
+            for i, right in zip(chosen, answers, strict=True)
+        ]
+
+    to_score = questions(validation_set.first(cfg.validation.exact_match), right_answers)
+    shown = validation_set.first(cfg.validation.samples)
+    to_show = questions(shown, [None] * len(shown))
+
     def validate(step: int):
         model.eval()
         sums = torch.zeros(len(parts), dtype=torch.float64, device=device)
@@ -339,14 +350,15 @@ def train(
         figures = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700)), "val/supervised_tokens": sum(tokens)}
         if len(parts) > 1:
             figures |= {f"val/loss/{n}": s / t for n, s, t in zip(validation_set.names, sums, tokens, strict=True)}
-        if cfg.validation.exact_match and step in (0, steps):
-            figures["val/exact_match"] = exact_match(
-                cfg, model, tokenizer, validation_set, stop_ids, world_size, rank, watchdog.at
-            )
+        with modelling.precision(cfg, strategy, device):
+            if to_score and step in (0, steps):
+                answers = evaluate.answer_all(model, tokenizer, to_score, stop_ids, watchdog.at)
+                scores = evaluate.score(to_score, answers, validation_set.names)
+                figures |= {f"val/{name}": value for name, value in scores.items()}
+            aloud = evaluate.answer_all(model, tokenizer, to_show, stop_ids, watchdog.at) if to_show else []
         if tracker:
             tracker.log(step, figures)
-        if cfg.validation.samples:
-            samples(cfg, model, tokenizer, validation_set, stop_ids, tracker, step)
+            samples(to_show, aloud, tokenizer, tracker, step)
         return {"val/loss": loss}
 
     def wait_for_writer():
@@ -514,47 +526,12 @@ def stop_reason(cfg, output_dir: Path, began: float, needed: float) -> str | Non
 # ---- answers ---------------------------------------------------------------------------------------------------------
 
 
-def turns_of(examples, i: int) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, reference ids) of each trained turn of conversation i."""
-    ids, labels = examples[i]
-    trained = np.flatnonzero(labels != templates.IGNORE_INDEX)
-    turns = []
-    for run in np.split(trained, np.flatnonzero(np.diff(trained) > 1) + 1):
-        turns.append((ids[: run[0]].tolist(), ids[run[0] : run[-1] + 1].tolist()))
-    return turns
-
-
-def samples(cfg, model, tokenizer, examples, stop_ids, tracker, step: int):
-    """Answer the first validation prompts aloud. Every rank takes part: a sharded model runs on all or none."""
-    chosen = [turns_of(examples, i)[-1] for i in range(min(cfg.validation.samples, len(examples)))]
-    longest = min(128, max(len(reference) for _, reference in chosen) + 8)
-    answers = modelling.generate(model, tokenizer, [prompt for prompt, _ in chosen], longest, stop_ids)
-    if tracker:
-        for n, ((prompt, reference), answer) in enumerate(zip(chosen, answers, strict=True)):
-            asked = tokenizer.decode(prompt, skip_special_tokens=True)
-            expected = tokenizer.decode(reference, skip_special_tokens=True).strip()
-            said = tokenizer.decode(answer, skip_special_tokens=True).strip()
-            text = f"--- sample {n + 1}: {asked[-400:]}\n    expected: {expected}\n    answered: {said}"
-            tracker.text(step, f"samples/{n + 1}", text)
-
-
-def exact_match(cfg, model, tokenizer, examples, stop_ids, world_size: int, rank: int, note_place) -> float:
-    """Share of the validation turns that the model answers, greedily, with the very text of the reference."""
-    turns = [turn for i in range(min(cfg.validation.exact_match, len(examples))) for turn in turns_of(examples, i)]
-    turns.sort(key=lambda turn: len(turn[0]))
-    sharded = modelling.is_sharded(model)
-    mine = turns if sharded else turns[rank::world_size]  # a sharded model runs on all ranks or none
-    right = 0
-    for at in range(0, len(mine), 64):
-        note_place(f"answer {at + 1} of {len(mine)}")
-        batch = mine[at : at + 64]
-        longest = min(256, max(len(reference) for _, reference in batch) + 4)
-        answers = modelling.generate(model, tokenizer, [prompt for prompt, _ in batch], longest, stop_ids)
-        for (_, reference), answer in zip(batch, answers, strict=True):
-            wanted = [token for token in reference if token not in stop_ids]
-            right += tokenizer.decode(answer).strip() == tokenizer.decode(wanted).strip()
-    total = right if sharded else float(all_sum(torch.tensor(float(right), device=model.device)))
-    return total / len(turns)
+def samples(asked, answers, tokenizer, tracker, step: int):
+    """The first validation prompts, with what was expected and what the model said."""
+    for n, (question, answer) in enumerate(zip(asked, answers, strict=True)):
+        prompt = tokenizer.decode(question.prompt, skip_special_tokens=True)
+        text = f"--- sample {n + 1}: {prompt[-400:]}\n    expected: {question.reference}\n    answered: {answer}"
+        tracker.text(step, f"samples/{n + 1}", text)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,259 @@
+"""Greedy answers to a validation split, on any number of processes, and how good they are.
+
+python evaluate.py results/squad                                   # the newest model there, the data of its config.yaml
+torchrun --nproc_per_node 8 evaluate.py FOLDER configs/squad.yaml  # any model's folder, or its name on the Hub
+
+Asked is the last turn of the assistant in each validation conversation. Where rows have a list of `answers`, as those
+of SQuAD, exact match and F1 are those of its official script; elsewhere an answer is right that is the very text.
+"""
+
+import argparse
+import collections
+import datetime
+import json
+import os
+import re
+import string
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+import checkpoint
+import config as configuration
+import data
+import model as modelling
+import templates
+
+LONGEST = 256  # tokens of an answer; a right one that is longer counts as missed
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+
+def normalised(text: str) -> str:
+    """Lower case, without punctuation, articles and white space that says nothing: as the official script of SQuAD 1.1,
+    https://rajpurkar.github.io/SQuAD-explorer/ (evaluate-v1.1.py), does it."""
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def f1(answer: str, reference: str) -> float:
+    """Harmonic mean of precision and recall of the words, after `normalised`."""
+    said, right = normalised(answer).split(), normalised(reference).split()
+    same = sum((collections.Counter(said) & collections.Counter(right)).values())
+    return 2 * same / (len(said) + len(right)) if same else 0.0
+
+
+class Question(NamedTuple):
+    """`prompt`: token ids that are fed; `reference`: the assistant's turn as text; `answers`: all that are right, by
+    SQuAD's rules, or None: the reference alone, as it stands; `dataset`: which of a mixture, from 0; `tokens` of the
+    reference."""
+
+    prompt: list[int]
+    reference: str
+    answers: list[str] | None
+    dataset: int
+    tokens: int
+
+    def exact_match(self, answer: str) -> bool:
+        if self.answers is None:
+            return answer == self.reference
+        return any(normalised(answer) == normalised(right) for right in self.answers)
+
+    def f1(self, answer: str) -> float:
+        return max(f1(answer, right) for right in self.answers)
+
+
+def score(questions: list[Question], answers: list[str], names: list[str]) -> dict[str, float]:
+    """Means from 0 to 1 by name: `exact_match`, of all that have a list of answers `f1`, and the same of each dataset
+    with its name behind a slash where there are more than one."""
+    figures = {}
+    for dataset in [None, *range(len(names))] if len(names) > 1 else [None]:
+        chosen = [(q, a) for q, a in zip(questions, answers, strict=True) if dataset in (None, q.dataset)]
+        suffix = "" if dataset is None else f"/{names[dataset]}"
+        if chosen:
+            figures[f"exact_match{suffix}"] = sum(q.exact_match(a) for q, a in chosen) / len(chosen)
+        if listed := [(q, a) for q, a in chosen if q.answers]:
+            figures[f"f1{suffix}"] = sum(q.f1(a) for q, a in listed) / len(listed)
+    return figures
+
+
+# ---- answers ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate(model, prompts: list[list[int]], max_new_tokens: int, stop_ids: list[int], **sampling) -> list[list[int]]:
+    """Answers (ids, without what comes from the first stop id on) to prompts of token ids, as a batch; greedy, unless
+    `sampling` (of transformers' `generate`) says otherwise."""
+    attention, was_training = model.config._attn_implementation, model.training
+    model.eval()
+    model.set_attn_implementation("eager" if attention == "eager" else "sdpa")
+    longest = max(len(prompt) for prompt in prompts)
+    pad = stop_ids[0]
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)  # (prompts, longest)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stop_ids,
+        pad_token_id=pad,
+        use_cache=True,
+        synced_gpus=modelling.is_sharded(model),  # a sharded model runs on all ranks or none
+        **({"do_sample": False, "temperature": None, "top_p": None, "top_k": None} | sampling),
+    )[:, longest:].tolist()
+    model.set_attn_implementation(attention)
+    model.train(was_training)
+    return [
+        answer[: next((k for k, token in enumerate(answer) if token in stop_ids), len(answer))] for answer in output
+    ]
+
+
+def answer_all(model, tokenizer, questions, stop_ids, note_place=lambda place: None, batch_size: int = 64) -> list[str]:
+    """The model's answers as texts, on every rank. Each rank answers its share, of a sharded model too: all ranks go
+    through as many batches, and the shortest questions come first. `note_place` is told which batch comes next."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    max_new_tokens = min(LONGEST, max(32, max(question.tokens for question in questions) + 8))
+    order = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt))
+    mine, found = order[rank::world_size], {}
+    most = len(order[::world_size])  # what rank 0 has
+    quiet = rank > 0 or most <= batch_size or not sys.stderr.isatty()
+    for at in tqdm(range(0, most, batch_size), desc="answering", unit=" batches", leave=False, disable=quiet):
+        note_place(f"answer {at + 1} of {most}")
+        batch = mine[at : at + batch_size] or order[:1]  # nothing left: computes along with the others
+        prompts = [questions[i].prompt for i in batch]
+        for i, ids in zip(batch, generate(model, prompts, max_new_tokens, stop_ids), strict=True):
+            found[i] = text_of(tokenizer, ids)
+    gathered = [found]
+    if world_size > 1:
+        gathered = [None] * world_size
+        dist.all_gather_object(gathered, found)
+    return [{i: text for part in gathered for i, text in part.items()}[i] for i in range(len(questions))]
+
+
+def text_of(tokenizer, ids) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False).strip()
+
+
+def question_of(tokenizer, ids, labels, stop_ids, answers: list[str] | None, dataset: int) -> Question:
+    """The last trained turn of a conversation: ids and labels, arrays (tokens,)."""
+    trained = np.flatnonzero(labels != templates.IGNORE_INDEX)
+    first = int(np.split(trained, np.flatnonzero(np.diff(trained) > 1) + 1)[-1][0])
+    reference = [token for token in ids[first : trained[-1] + 1].tolist() if token not in stop_ids]
+    tokens = max(len(tokenizer.encode(text, add_special_tokens=False)) for text in ["", *(answers or [])])
+    tokens = max(tokens, len(reference))
+    return Question(ids[:first].tolist(), text_of(tokenizer, reference), answers, dataset, tokens)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="an output_dir, a checkpoint, a model's folder, or a name on the Hub")
+    parser.add_argument("arguments", nargs="*", help="CONFIG.yaml, KEY=VALUE: the data; default: the run's config.yaml")
+    parser.add_argument("--max-examples", type=int, help="the first so many of each dataset (default: all)")
+    parser.add_argument("--batch-size", type=int, default=64, help="answers at once on a process (64)")
+    parser.add_argument("--output", metavar="FILE", help="write prompts, answers and their scores, one JSON a line")
+    options = parser.parse_intermixed_args()
+    try:
+        evaluate(options)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {' '.join(str(error).split())}") from None
+
+
+def evaluate(options):
+    cfg = configuration.from_command_line(with_config_of(options.model, options.arguments))
+    device, rank = torch.device("cpu"), int(os.environ.get("RANK", 0))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+
+    name = checkpoint.find_model(options.model)
+    with data.from_hub("the model", name):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        dtype = modelling.compute_dtype(cfg) if device.type == "cuda" else torch.float32
+        model = modelling.open_saved(name, dtype).to(device)
+    if cfg.parallel.strategy == "fsdp" and dist.is_initialized():
+        _, model = modelling.parallelise(model, cfg, "fsdp", dist.get_world_size(), device)
+    stop_ids = modelling.stop_ids_of(model, tokenizer)
+    if rank:
+        dist.barrier()  # rank 0 downloads and prepares, the others find it
+    names, places, questions = make_questions(cfg, tokenizer, stop_ids, options.max_examples, show=rank == 0)
+    if dist.is_initialized() and not rank:
+        dist.barrier()
+    answers = answer_all(model, tokenizer, questions, stop_ids, batch_size=options.batch_size)
+    if rank == 0:
+        figures = score(questions, answers, names)
+        counts = collections.Counter(question.dataset for question in questions)
+        print(f"{name}: {', '.join(f'{counts[k]:,} questions of {names[k]}' for k in sorted(counts))}")
+        print("\n".join(f"{figure} {100 * value:.2f} %" for figure, value in figures.items()))
+        if options.output:
+            write_answers(Path(options.output), names, places, tokenizer, questions, answers)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def with_config_of(model: str, arguments: list[str]) -> list[str]:
+    """The command line, with the run's own configuration where it names none."""
+    if any("=" not in argument for argument in arguments):
+        return arguments
+    folders = [Path(model), *Path(model).absolute().parents][:4]  # of a run, its model/, a checkpoint and its model/
+    found = next((folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()), None)
+    if found is None:
+        raise ValueError(
+            f"{model} is in no run's output_dir: name a configuration, as configs/squad.yaml, for the data"
+        )
+    return [str(found), *arguments]
+
+
+def make_questions(cfg, tokenizer, stop_ids, max_examples, show: bool):
+    """(names of the datasets; dataset, row and id of each question; the questions)."""
+    entries = data.load_entries(cfg.data)
+    chat_template = data.choose_template(cfg, tokenizer, entries)
+    places, questions = [], []
+    for k, entry in enumerate(entries):
+        rows = entry.dataset.formatted_ds["validation"]
+        data.format_of(rows)
+        count = min(len(rows), max_examples or len(rows))
+        for i in tqdm(range(count), desc=f"reading {entry.name}", unit=" rows", disable=not show):
+            with data.at_row(rows, f"{entry.name} validation", i):
+                row = rows[i]
+                data.check_row(row)
+                last = max(n for n, message in enumerate(row["messages"]) if message["role"] == "assistant")
+                messages = [{**m, "train": None, "weight": None} for m in row["messages"][: last + 1]]
+                encoded = templates.encode(tokenizer, messages, row.get("tools") or None, chat_template, "last")
+            ids, labels = (np.array(part) for part in encoded)
+            if (labels != templates.IGNORE_INDEX).any():
+                questions.append(question_of(tokenizer, ids, labels, stop_ids, data.answers_of(row), k))
+                places.append((k, i, row.get("id")))
+    if not questions:
+        raise ValueError("the validation split has no turn of the assistant to ask for")
+    return [entry.name for entry in entries], places, questions
+
+
+def write_answers(path: Path, names, places, tokenizer, questions, answers):
+    lines = []
+    for (k, i, id), question, answer in zip(places, questions, answers, strict=True):
+        line = {"dataset": names[k], "row": i, "id": id, "prompt": tokenizer.decode(question.prompt)}
+        line |= {"reference": question.reference, "answers": question.answers, "answer": answer}
+        line |= {"exact_match": question.exact_match(answer), "f1": question.f1(answer) if question.answers else None}
+        lines.append(json.dumps({name: value for name, value in line.items() if value is not None}, ensure_ascii=False))
+    checkpoint.write_atomically(path, "\n".join(lines) + "\n")
+    print(f"{path} holds the answers")
+
+
+if __name__ == "__main__":
+    main()
