@@ -25,3 +25,30 @@ def two_epochs(tmp_path_factory):
     run(folder, *arguments, f"output_dir={folder}/undisturbed")
     assert [*metrics(folder / "undisturbed")] == [1, 2, 3, 4, 5, 6]
     return arguments, folder / "undisturbed"
+
+
+ROLES = ("user", "assistant")
+QUESTIONS = [
+    ([("Where is Paris?", "In France.")], ["France", "in France"]),
+    ([("Where is Rome?", "It is in Italy.")], ["Italy", "in Italy"]),
+    ([("Where is Oslo?", "In Norway."), ("And Lima?", "In Peru.")], ["Peru"]),
+    ([("Who are you?", "A small model.")], ["a small model"]),
+]
+
+
+@pytest.fixture(scope="session")
+def memorised(tmp_path_factory):
+    """The output_dir of a run that has learned four conversations by heart, and their file."""
+    folder = tmp_path_factory.mktemp("memorised")
+    with open(folder / "chats.jsonl", "w") as file:
+        for turns, answers in QUESTIONS:
+            messages = [{"role": r, "content": t} for turn in turns for r, t in zip(ROLES, turn, strict=True)]
+            file.write(json.dumps({"messages": messages, "answers": answers}) + "\n")
+    said = run(
+        folder, "configs/quickstart.yaml", f"output_dir={folder}/run", f"data.dataset={folder}/chats.jsonl",
+        f"data.args.validation={folder}/chats.jsonl", "train.global_batch_size=4", "train.max_steps=60",
+        "train.learning_rate=1e-2", "validation.every=60", "validation.exact_match=4", "validation.samples=1",
+        "checkpoint.every=null",
+    )  # fmt: skip
+    (folder / "said").write_text(said)
+    return folder / "run"

@@ -1,0 +1,98 @@
+"""Answers and their scores, by function and by the command."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from running import ROOT, metrics
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import evaluate
+
+
+def command(memorised, *arguments, processes=1, expect=0):
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] * (processes > 1)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *start, "evaluate.py", *map(str, arguments)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+# What the official script of SQuAD 1.1 gives for (answer, references): exact match, F1
+OFFICIAL = [
+    ("The Denver Broncos!", ["Denver Broncos", "Carolina"], 1, 1.0),
+    ("denver", ["Denver Broncos"], 0, 2 / 3),
+    ("Broncos of Denver", ["the Denver Broncos", "Broncos"], 0, 0.8),
+    ("a an the", ["the"], 1, 0.0),
+    ("", ["x"], 0, 0.0),
+    ("U.S.", ["us"], 1, 1.0),
+    ("24\u201310", ["24-10"], 0, 0.0),
+    ("theatre a  la carte", ["Theatre la Carte."], 1, 1.0),
+    ("one one two", ["one two two"], 0, 2 / 3),
+]
+
+
+@pytest.mark.parametrize("answer, references, exact, f1", OFFICIAL)
+def test_exact_match_and_f1_are_those_of_squads_official_script(answer, references, exact, f1):
+    question = evaluate.Question([], "", references, 0, 1)
+    assert question.exact_match(answer) == exact and question.f1(answer) == pytest.approx(f1)
+
+
+def test_a_reference_without_a_list_of_answers_has_to_be_the_very_text():
+    question = evaluate.Question([], "Yes.", None, 0, 1)
+    assert question.exact_match("Yes.") and not question.exact_match("yes") and not question.exact_match("Yes. No.")
+
+
+def test_scores_are_means_over_all_and_over_each_dataset():
+    made = [evaluate.Question([], "x", None, 0, 1), evaluate.Question([], "x", ["x", "y z"], 1, 1)] * 2
+    scores = evaluate.score(made, ["x", "y", "n", "The Y, z"], ["a", "b"])
+    assert scores == {"exact_match": 0.5, "f1": pytest.approx((2 / 3 + 1) / 2), "exact_match/a": 0.5,
+                      "exact_match/b": 0.5, "f1/b": pytest.approx((2 / 3 + 1) / 2)}  # fmt: skip
+
+
+def test_the_command_gives_the_same_scores_on_one_process_two_and_sharded(memorised, tmp_path):
+    outputs = []
+    for name, processes, override in [("one", 1, []), ("two", 2, []), ("fsdp", 2, ["parallel.strategy=fsdp"])]:
+        said = command(memorised, memorised, *override, "--batch-size", 1, "--output", tmp_path / name,
+                       processes=processes)  # fmt: skip
+        assert "4 questions of chats" in said and "exact_match 50.00 %\nf1 83.33 %" in said
+        outputs.append((tmp_path / name).read_text())
+    assert outputs[0] == outputs[1] == outputs[2]
+    lines = [json.loads(line) for line in outputs[0].splitlines()]
+    assert [line["answer"] for line in lines] == ["In France.", "It is in Italy.", "In Peru.", "A small model."]
+    assert [line["exact_match"] for line in lines] == [True, False, False, True]
+    assert lines[2]["prompt"].endswith("And Lima?<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_run_that_is_asked_to_writes_the_scores_at_its_end(memorised):
+    assert metrics(memorised, "val/exact_match") == {0: 0.0, 60: 0.5}
+    assert metrics(memorised, "val/f1")[60] == pytest.approx(5 / 6)
+    events = EventAccumulator(str(memorised / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("val/exact_match")] == [(0, 0.0), (60, 0.5)]
+
+
+def test_prompts_are_answered_aloud_with_the_reference_beside(memorised):
+    said = (memorised.parent / "said").read_text()
+    assert "Where is Paris?" in said and "expected: In France.\n    answered: In France." in said
+    events = EventAccumulator(str(memorised / "tensorboard")).Reload()
+    shown = [e.tensor_proto.string_val[0].decode() for e in events.Tensors("samples/1/text_summary")]
+    assert len(shown) == 2 and all("Where is Paris?" in text and "expected: In France." in text for text in shown)
+    assert "answered: In France." in shown[1]
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        (["configs/quickstart"], "is in no run's output_dir: name a configuration"),
+        (["tests", "configs/quickstart.yaml"], "tests holds no model and no whole checkpoint"),
+        (["configs/nowhere", "configs/quickstart.yaml"], "the model = 'configs/nowhere' could not be read"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said_in_one_line(memorised, arguments, reason):
+    said = command(memorised, *arguments, expect=1)
+    assert reason in said and "Traceback" not in said
