@@ -57,7 +57,9 @@ class Squad:
         with from_hub("data.dataset", "rajpurkar/squad"):
             rows = datasets.load_dataset("rajpurkar/squad")
         self.formatted_ds = {
-            split: rows[split].map(squad_messages, remove_columns=rows[split].column_names, desc=f"SQuAD {split}")
+            split: rows[split].map(
+                squad_messages, remove_columns=["title", "context", "question"], desc=f"SQuAD {split}"
+            )
             for split in ("train", "validation")
         }
         self.task_spec = TaskDataSpec("squad", self.custom_template)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -224,13 +225,15 @@ def adapter_config(model, config) -> dict:
             )
     if not targets:
         raise ValueError(f"model.lora.rank = {lora.rank}: {config.name} has no linear layers (torch.nn.Linear)")
-    folder = Path(config.name)
+    folder, revision = Path(config.name), config.revision
+    if not folder.is_dir():  # the very weights that it is trained on, whatever comes after them
+        cached = try_to_load_from_cache(config.name, "config.json", revision=revision)
+        revision = Path(cached).parent.name if isinstance(cached, str) else revision
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(folder.absolute()) if folder.is_dir() else config.name,
-        # the very weights that it was trained on, whatever comes after them
-        "revision": getattr(model.config, "_commit_hash", None) or config.revision,
+        "revision": revision,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,

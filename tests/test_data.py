@@ -129,7 +129,9 @@ def test_squad_is_context_question_and_first_answer(monkeypatch):
     row = {"id": "1", "title": "t", "context": " A b. ", "question": "Who? ", "answers": {"text": ["Me", "You"], "answer_start": [0, 1]}}  # fmt: skip  # noqa: E501
     split = datasets.Dataset.from_list([row])
     monkeypatch.setattr(data.datasets, "load_dataset", lambda name: {"train": split, "validation": split})
-    messages = data.Squad().formatted_ds["train"][0]["messages"]
+    made = data.Squad().formatted_ds["train"][0]
+    messages = made["messages"]
+    assert data.answers_of(made) == ["Me", "You"] and made["id"] == "1"
     assert [(m["role"], m["content"]) for m in messages] == [
         ("system", " A b. "), ("user", "Who? "), ("assistant", "Me")]  # fmt: skip
     text, spans = data.templates.render(data.Squad.custom_template, messages)
