@@ -35,8 +35,11 @@ TRL = {  # what each setting changes in SFTConfig
     "trl_best": {**SAME_TOKENS, "train_sampling_strategy": "group_by_length"},
     "trl_best_micro": {**SAME_TOKENS, "per_device_train_batch_size": 1},
     "trl_packing": {**SAME_TOKENS, "packing": True},
+    "trl_lora": {**SAME_TOKENS, "per_device_train_batch_size": 1},
 }
-SETTINGS = ["ours", *TRL]
+LORA = {"rank": 16, "alpha": 16}  # on all linear layers but the output layer, on both sides
+OURS = {"ours": [], "ours_lora": [f"model.lora.{name}={value}" for name, value in LORA.items()]}
+SETTINGS = [*OURS, *TRL]
 
 
 def sizes(device: str) -> dict:
@@ -81,7 +84,7 @@ def make_environment() -> str:
         print("installing TRL into bench/.venv", flush=True)
         subprocess.run([sys.executable, "-m", "venv", HERE / ".venv"], check=True)
         same = [f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in ("torch", "transformers")]
-        subprocess.run([python, "-m", "pip", "install", "-q", "trl", *same], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", "trl", "peft", *same], check=True)
     return str(python)
 
 
@@ -204,7 +207,7 @@ def worker(name: str, folder: Path):
     if name == "products":
         report = products(work, folder, device)
     else:
-        report = (train_ours if name == "ours" else train_trl)(name, work, folder, device)
+        report = (train_ours if name in OURS else train_trl)(name, work, folder, device)
     print(json.dumps({key: round(value, 3) for key, value in report.items()}), flush=True)
     os._exit(0)
 
@@ -233,7 +236,7 @@ def train_ours(name, work, folder, device) -> dict:
         *the_data(folder), "train.max_epochs=2", f"model.dtype={work['dtype']}",
         f"train.global_batch_size={work['batch']}",
         f"train.max_tokens_per_micro_batch={work['row']}", f"train.max_steps={WARM_UP + work['steps']}",
-        "validation.every=null", "checkpoint.every=null", "logger.tensorboard.enabled=false",
+        "validation.every=null", "checkpoint.every=null", "logger.tensorboard.enabled=false", *OURS[name],
     ]  # fmt: skip
     train_sft.main()
     return meter.report()
@@ -266,7 +269,15 @@ def train_trl(name, work, folder, device) -> dict:
     model.register_forward_pre_hook(count, with_kwargs=True)
     rows = load_dataset("json", data_files=str(folder / "train.jsonl"), split="train")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer).train()
+    adapter = None
+    if name == "trl_lora":
+        from peft import LoraConfig
+
+        adapter = LoraConfig(
+            r=LORA["rank"], lora_alpha=LORA["alpha"], target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+    trainer = SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer, peft_config=adapter)
+    trainer.train()
     return meter.report()
 
 
