@@ -245,10 +245,8 @@ def state_of(model, optimizer) -> dict:
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        if p not in optimizer.state:  # as AdamW makes it at its first step
-            on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
-            step = torch.zeros((), dtype=torch.float32, device=p.device if on_device else "cpu")
-            optimizer.state[p] = {"step": step, **{k: torch.zeros_like(p.detach()) for k in ("exp_avg", "exp_avg_sq")}}
+        if p not in optimizer.state:
+            optimizer.state[p] = modelling.first_state(p)
         moments[name] = optimizer.state[p]
     return {"model": weights, "optimizer": moments}
 

@@ -300,6 +300,8 @@ def check(config: Config):
         )
     if checkpoint.must_save_by is not None and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", checkpoint.must_save_by):
         raise ValueError(f"checkpoint.must_save_by = {checkpoint.must_save_by!r} must be DD:HH:MM:SS, as 00:03:45:00")
+    if config.validation.exact_match and not config.validation.every:
+        raise ValueError("validation.exact_match needs validation.every: there is no validation to score answers in")
     check_mixture(config.data)
     check_lora(config.model)
     for name, asked, instead in [

@@ -516,6 +516,12 @@ def make_optimizer(model, train) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=train.learning_rate, betas=tuple(train.betas), eps=train.eps, fused=True)
 
 
+def first_state(p: torch.nn.Parameter) -> dict:
+    """What fused AdamW knows of a weight before its first step."""
+    step = torch.zeros((), dtype=torch.float32, device=p.device)
+    return {"step": step, "exp_avg": torch.zeros_like(p.detach()), "exp_avg_sq": torch.zeros_like(p.detach())}
+
+
 def learning_rate(train, step: int, steps: int) -> float:
     """Of step `step`, from 1, of `steps`: linear warm-up to the peak, then the schedule."""
     if step <= train.warmup_steps:

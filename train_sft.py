@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ def main():
             watchdog.close()
             return
         watchdog.at("preparing the data")
-        tokenizer, train_set, validation_set, stop_ids, right_answers = prepare(cfg, rank, local_rank)
+        prepared = prepare(cfg, rank, local_rank)
         if world_size > 1:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             # Who waits for whom, and for how long, is the watchdog's business: it names the rank
@@ -65,7 +66,7 @@ def main():
         if world_size > 1:
             dist.broadcast_object_list(found)
         folder = found[0]
-        start = check_data(folder, train_set)
+        start = check_data(folder, prepared.train_set)
         barrier()
         watchdog.output_dir, watchdog.step = output_dir, start
         if rank == 0:
@@ -77,10 +78,7 @@ def main():
             if stop.exists() and stop.stat().st_mtime < started:
                 stop.unlink()  # it was meant for an earlier start
         barrier()
-        train(
-            cfg, output_dir, rank, local_rank, world_size, tokenizer, train_set, validation_set, stop_ids,
-            right_answers, folder, watchdog, began,
-        )  # fmt: skip
+        train(cfg, (rank, local_rank, world_size), prepared, folder, watchdog, began)
         watchdog.close()
         del lock
     except (ValueError, OSError, FloatingPointError) as error:
@@ -216,10 +214,19 @@ def barrier():
 # ---- data, before any process group ----------------------------------------------------------------------------------
 
 
-def prepare(cfg, rank: int, local_rank: int):
-    """(tokenizer, training and validation examples, ids that end a turn, right answers to what is scored). One process
-    per machine reads and tokenises the data; the others wait at torchrun's own store, which has no collective's
-    timeout."""
+class Prepared(NamedTuple):
+    """`stop_ids` end a turn; `right_answers`: see `data.tokenise_splits`."""
+
+    tokenizer: object
+    train_set: data.Examples
+    validation_set: data.Examples
+    stop_ids: list[int]
+    right_answers: list[list[str] | None]
+
+
+def prepare(cfg, rank: int, local_rank: int) -> Prepared:
+    """One process per machine reads and tokenises the data; the others wait at torchrun's own store, which has no
+    collective's timeout."""
     from huggingface_hub import constants
 
     if rank == 0 and "HF_HOME" not in os.environ:
@@ -249,17 +256,17 @@ def prepare(cfg, rank: int, local_rank: int):
                     f"({cfg.data.overlong}), {total['nothing_to_train']:,} with nothing to train left out"
                 )
         examples.check(split)
-    return tokenizer, *sets, data.find_stop_ids(tokenizer, sets[0]), prepared["answers"]
+    return Prepared(tokenizer, *sets, data.find_stop_ids(tokenizer, sets[0]), prepared["answers"])
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
 
-def train(
-    cfg, output_dir, rank, local_rank, world_size, tokenizer, train_set, validation_set, stop_ids, right_answers,
-    folder, watchdog, began,
-):  # fmt: skip
+def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | None, watchdog, began: float):
     """`folder`: the checkpoint to go on from, or None; `began`: when this process did, for `must_save_by`."""
+    rank, local_rank, world_size = ranks
+    tokenizer, train_set, validation_set, stop_ids, right_answers = prepared
+    output_dir = Path(cfg.output_dir)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
@@ -306,13 +313,9 @@ def train(
     tracker = None
     if rank == 0:
         print(
-            f"{cfg.model.name}: {sum(p.numel() for p in model.parameters()):,} weights"
-            + (
-                f", {sum(p.numel() for p in model.parameters() if p.requires_grad):,} of them trained"
-                if adapter
-                else ""
-            )
-            + f", {strategy} over {world_size} process(es) on {device.type}; {steps} steps, {steps_per_epoch} an epoch"
+            f"{cfg.model.name}: {sum(p.numel() for p in model.parameters()):,} weights, "
+            f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} of them trained, {strategy} over "
+            f"{world_size} process(es) on {device.type}; {steps} steps, {steps_per_epoch} an epoch"
             + (f"; going on from step {start}" if start else "")
         )
         tracker = Tracker(cfg.logger, configuration.to_dict(cfg), configuration.dump(cfg), output_dir, start, steps)
