@@ -370,7 +370,7 @@ def open_split(prepared: dict, split: str, config) -> "Examples":
 def find_stop_ids(tokenizer, examples) -> list[int]:
     """Ids at which generation stops: those that end the trained turns, then the tokenizer's EOS."""
     ends = []
-    for i in range(min(len(examples), 1000)):
+    for i in examples.first(1000):
         _, labels = examples[i]
         last = int(labels[np.flatnonzero(labels != templates.IGNORE_INDEX)[-1]])
         if last in templates.special_ids(tokenizer) and last not in ends:
@@ -392,7 +392,9 @@ class Examples:
         ]  # fmt: skip
         digests = [(folder / "digest").read_text(encoding="utf-8") for folder in folders]
         self.digest = digests[0] if len(folders) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
-        chosen = [choose_examples(folder, max_seq_length, overlong) for folder in folders]
+        chosen = [
+            choose_examples(folder, max_seq_length, overlong, n) for folder, n in zip(folders, names, strict=True)
+        ]
         self.totals = [json.loads((folder / "totals.json").read_text(encoding="utf-8")) for folder in chosen]
         self.counts = [total["conversations"] for total in self.totals]
         self.ends = np.cumsum(self.counts)
@@ -449,7 +451,7 @@ def mapped(path: Path, dtype) -> np.ndarray:
     return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype=dtype)
 
 
-def choose_examples(folder: Path, max_seq_length: int, overlong: str) -> Path:
+def choose_examples(folder: Path, max_seq_length: int, overlong: str, name: str) -> Path:
     """A folder in `folder` with files for the conversations that are trained: made now, or found. It goes through them
     a part at a time, so that memory does not grow with them."""
     chosen = folder / f"{overlong}-{max_seq_length}"
@@ -470,7 +472,7 @@ def choose_examples(folder: Path, max_seq_length: int, overlong: str) -> Path:
                 if overlong == "error" and too_long.any():
                     worst = int(np.flatnonzero(too_long)[0])
                     raise ValueError(
-                        f"row {first + worst} has {lengths[worst]} tokens, more than data.max_seq_length = "
+                        f"{name}: row {first + worst} has {lengths[worst]} tokens, more than data.max_seq_length = "
                         f"{max_seq_length}; raise it, or set data.overlong=drop or truncate"
                     )
                 if overlong == "truncate":

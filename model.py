@@ -200,8 +200,8 @@ class LoraLinear(torch.nn.Linear):
         torch.nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x):  # (..., in_features)
-        low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., rank)
-        return super().forward(x) + self.scale * F.linear(low, self.lora_B.to(x.dtype))  # (..., out_features)
+        low = self.scale * F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., rank)
+        return super().forward(x) + F.linear(low, self.lora_B.to(x.dtype))  # (..., out_features)
 
     def merged(self) -> torch.nn.Linear:
         linear = torch.nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")

@@ -510,7 +510,10 @@ def name_the_broken(step, loss, grad_norm, rows, losses, train_set, world_size):
         gathered = [None] * world_size
         dist.all_gather_object(gathered, (broken, everything))
     named = [i for part, _ in gathered for i in part] or [i for _, part in gathered for i in part]
-    numbers = ", ".join(str(int(train_set.rows[i])) for i in sorted(named)[:20])
+    names = [
+        f"{train_set.names[train_set.part_of(i)]} " if len(train_set.names) > 1 else "" for i in sorted(named)[:20]
+    ]
+    numbers = ", ".join(f"{name}{train_set.rows[i]}" for name, i in zip(names, sorted(named), strict=False))
     raise FloatingPointError(
         f"step {step}: the loss is {loss} and the gradient norm {grad_norm}; the weights are as after step {step - 1}. "
         f"Rows of the training split in it: {numbers}. Lower train.learning_rate, or look at these rows"

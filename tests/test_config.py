@@ -1,6 +1,10 @@
+from pathlib import Path
+
 import pytest
 
 import config
+
+RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
 
 def test_the_file_then_the_command_line_decide(tmp_path):
@@ -50,3 +54,11 @@ def test_a_mistake_names_the_key_and_the_mend(override, said):
 def test_a_mixture_that_cannot_be_is_refused_with_the_entry_and_the_rule(entries, reason):
     with pytest.raises(ValueError, match=reason):
         config.load(None, [f"data.dataset={entries}"])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_each_recipe_is_a_configuration_that_says_how_it_is_started_and_goes_to_a_folder_of_its_own(path):
+    recipe = config.load(str(path), [])
+    comments = "".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+    assert f"configs/{path.name}" in comments and any(word in comments for word in ("val/loss", "GiB"))
+    assert sum(config.load(str(other), []).output_dir == recipe.output_dir for other in RECIPES) == 1

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
 import config
+import data
 import model as modelling
 
 FEW = ["train.max_steps=4", "validation.every=2", "validation.exact_match=0", "validation.samples=1",
@@ -213,3 +214,21 @@ def test_a_mixture_has_a_validation_loss_of_each_dataset_beside_the_total(tmp_pa
     assert tokens["both"] == tokens["a"] + tokens["b"]
     mean = (losses["a"] * tokens["a"] + losses["b"] * tokens["b"]) / tokens["both"]
     assert losses["both"] == pytest.approx(mean, rel=1e-6)
+
+
+@pytest.mark.parametrize("recipe", ["chats", "tools"])
+def test_the_recipes_that_need_nothing_run_as_they_stand(tmp_path, recipe):
+    few = ["train.max_steps=3", "validation.exact_match=4", "validation.max_examples=8", "validation.samples=1"]
+    run(tmp_path / "out", f"configs/{recipe}.yaml", f"output_dir={tmp_path}/out", *few, processes=2)
+    losses = metrics(tmp_path / "out")
+    assert losses[3] < losses[1] and len(metrics(tmp_path / "out", "val/exact_match")) == 2
+
+
+def test_a_trained_tool_call_is_the_whole_call_and_its_end(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained("configs/quickstart")
+    template = (ROOT / "configs/tools/chat_template.jinja").read_text()
+    rows = data.load_dataset_class("configs/tools/cities.py:Cities", {}).formatted_ds["train"]
+    encoded = data.templates.encode(tokenizer, rows[0]["messages"], rows[0]["tools"], template)
+    trained = tokenizer.decode([label for label in encoded.labels if label != -100])
+    call, answer = rows[0]["messages"][1]["tool_calls"][0]["function"], rows[0]["messages"][3]["content"]
+    assert trained == f"<tool_call>\n{json.dumps(call)}\n</tool_call><|im_end|>{answer}<|im_end|>"
