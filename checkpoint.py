@@ -33,7 +33,8 @@ warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
 
 # What may change between two starts of one run: it changes neither the batches nor the model.
 MAY_CHANGE = (
-    "output_dir", "train.max_steps", "train.max_epochs", "train.max_tokens_per_micro_batch", "validation.", "parallel.",
+    "output_dir", "train.max_steps", "train.max_epochs", "train.max_tokens_per_micro_batch", "validation.every",
+    "validation.at_start", "validation.samples", "validation.exact_match", "parallel.",
     "checkpoint.", "logger.", "cluster.", "model.attention", "model.compile", "model.activation_checkpointing",
     "model.lora.merge", "model.revision",
 )  # fmt: skip
@@ -466,6 +467,8 @@ def merge_model(adapter: Path, weights: dict | None, target: Path):
     modelling.merge_adapter(model)
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(adapter).save_pretrained(target)
+    for name in modelling.weight_files(target):
+        shutil.copymode(target / "tokenizer_config.json", target / name)
     modelling.compare(target, model.state_dict())
 
 
@@ -480,17 +483,25 @@ def make_model_folder(folder: Path, target: Path):
         raise ValueError(
             f"{folder} has no model/ with configuration and tokenizer, nor has another checkpoint beside it"
         )
-    if (source / "adapter_config.json").is_file():
-        merge_model(source, read_weights(folder) if (folder / "state").is_dir() else None, target)
-        flush(target)
-        return print(f"{target} holds the model of {folder}, with its adapter added to the weights")
+    unfinished = target.with_name(f"unfinished_{target.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    adapted = (source / "adapter_config.json").is_file()
+    if adapted:
+        merge_model(source, read_weights(folder) if (folder / "state").is_dir() else None, unfinished)
+    else:
+        export_plain(folder, source, unfinished)
+    flush(unfinished)
+    os.replace(unfinished, target)  # (an empty folder may be there)
+    flush_one(target.absolute().parent)
+    print(f"{target} holds the model of {folder}" + (", with its adapter added to the weights" if adapted else ""))
+
+
+def export_plain(folder: Path, source: Path, target: Path):
     model_config = AutoConfig.from_pretrained(source)
     skeleton = modelling.skeleton(model_config, GenerationConfig.from_pretrained(source), model_config.dtype)
     eos = skeleton.generation_config.eos_token_id
     stop_ids = eos if isinstance(eos, list) else [eos]
     export(folder / "state", skeleton, AutoTokenizer.from_pretrained(source), stop_ids, target)
-    flush(target)
-    print(f"{target} holds the model of {folder}")
 
 
 if __name__ == "__main__":

@@ -38,11 +38,11 @@ def document_attention(module, query, key, value, attention_mask, scaling=None, 
     query (1, heads, tokens, head_dim); key and value with as many heads or fewer; document_ends: int64, CPU. Returns
     (1, tokens, heads, head_dim). Without document_ends the row is one document. Registered with transformers.
     """
-    refuse_unknown(module, kwargs)
     window = kwargs.get("sliding_window")
     tokens = query.shape[2]
     ends = ends_of_documents(kwargs, tokens)
     lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    refuse_unknown(module, kwargs, max(lengths))
     outputs = []
     # (split: the gradient of slices would be a whole row of zeros for each document)
     for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
@@ -69,7 +69,6 @@ def varlen_attention(module, query, key, value, attention_mask, scaling=None, dr
     """As `document_attention`, in one call of torch's variable-length flash attention: CUDA, bfloat16."""
     from torch.nn.attention.varlen import varlen_attn
 
-    refuse_unknown(module, kwargs)
     if dropout:
         raise ValueError("this model has attention dropout, which varlen does not; set model.attention=sdpa")
     tokens, window = query.shape[2], kwargs.get("sliding_window")
@@ -78,6 +77,7 @@ def varlen_attention(module, query, key, value, attention_mask, scaling=None, dr
     if starts is None:
         starts = torch.tensor([0, *ends], dtype=torch.int32, device=query.device)
     longest = max(end - start for start, end in zip([0, *ends], ends, strict=False))
+    refuse_unknown(module, kwargs, longest)
     if key.shape[1] != query.shape[1]:
         key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, head_dim)
@@ -91,7 +91,14 @@ def ends_of_documents(kwargs, tokens: int) -> list[int]:
     return [tokens] if ends is None else ends.tolist()
 
 
-def refuse_unknown(module, kwargs):
+def refuse_unknown(module, kwargs, longest: int):
+    """Raises ValueError where a model asks for more than causal attention of documents of up to `longest` tokens."""
+    chunk = getattr(getattr(module, "config", None), "attention_chunk_size", None)
+    if chunk and longest > chunk:
+        raise ValueError(
+            f"{type(module).__name__} attends in chunks of {chunk:,} tokens, and a document has {longest:,}: set "
+            "data.max_seq_length to as many, or model.attention=eager"
+        )
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise ValueError(f"{type(module).__name__} needs {name}, which only model.attention=eager computes")
@@ -581,6 +588,7 @@ def export(empty, weights: dict, tokenizer, stop_ids: list[int], folder: Path):
         empty.to("meta")
     for name in weight_files(folder):
         check_size(folder / name)
+        shutil.copymode(folder / "tokenizer_config.json", folder / name)  # safetensors lets nobody else read it
 
 
 def weight_files(folder: Path) -> list[str]:

@@ -432,8 +432,9 @@ def lines(report: dict) -> list[str]:
         names = ("weights", "gradients", "optimizer", "gathered", "activations", "loss_gradient")
         parts = ", ".join(f"{name.replace('_', ' ')} {part[f'{name}_gib']:,}" for name in names)
         out += [
-            f"memory per GPU, expected: {part['total_gib']:,} of {part['gpu_gib']:,} GiB ({part['strategy']}, "
-            f"{part['model_weights']:,} weights, a row of {part['row_tokens']:,} tokens)",
+            f"memory per GPU, expected: {part['total_gib']:,} of {part['gpu_gib']:,} GiB "
+            f"({part['strategy']}, {part['model_weights']:,} weights, {part['trained_weights']:,} of them trained, a "
+            f"row of {part['row_tokens']:,} tokens)",
             f"    GiB: {parts}",
         ]
     for title in ("notes", "problems"):

@@ -193,3 +193,12 @@ def test_norms_and_biases_have_no_weight_decay():
     groups = modelling.make_optimizer(tiny_llama(), CFG.train).param_groups
     assert all(p.ndim < 2 for group in groups if group["weight_decay"] == 0 for p in group["params"])
     assert all(p.ndim >= 2 for group in groups if group["weight_decay"] > 0 for p in group["params"])
+
+
+def test_a_document_longer_than_a_models_attention_chunk_is_refused():
+    query = torch.zeros(1, 2, 6, 4)
+    module = torch.nn.Module()
+    module.config = LlamaConfig(attention_chunk_size=5)
+    modelling.document_attention(module, query, query, query, None, document_ends=torch.tensor([5, 6]))
+    with pytest.raises(ValueError, match="chunks of 5 tokens, and a document has 6: set data.max_seq_length"):
+        modelling.document_attention(module, query, query, query, None, document_ends=torch.tensor([6]))
