@@ -614,7 +614,7 @@ def fingerprint(rows) -> str:
     if isinstance(rows, datasets.Dataset):
         return rows._fingerprint
     if isinstance(rows, (formats.Rows, formats.Part)):
-        return rows.fingerprint()
+        return rows.fingerprint
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, ensure_ascii=False).encode() + b"\n")

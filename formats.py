@@ -80,6 +80,7 @@ class Rows:
         file, i = self.place(i)
         return file.where(i)
 
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Changes when any row does."""
         digest = hashlib.sha256(str(self.asked).encode())
@@ -115,8 +116,9 @@ class Part:
     def where(self, i: int) -> str:
         return self.rows.where(int(self.indices[i]))
 
+    @functools.cached_property
     def fingerprint(self) -> str:
-        return self.rows.fingerprint() + hashlib.sha256(self.indices.tobytes()).hexdigest()
+        return self.rows.fingerprint + hashlib.sha256(self.indices.tobytes()).hexdigest()
 
 
 class Lines:

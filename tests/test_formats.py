@@ -138,7 +138,7 @@ def test_lines_are_those_of_the_file_whatever_it_ends_with(tmp_path):
 
 def test_the_fingerprint_changes_with_any_row_and_with_the_format(tmp_path):
     def fingerprint(*rows, format=None):
-        return formats.read_rows(write(tmp_path / "rows.jsonl", *rows), format).fingerprint()
+        return formats.read_rows(write(tmp_path / "rows.jsonl", *rows), format).fingerprint
 
     first = fingerprint({"prompt": "a", "completion": "b"})
     assert fingerprint({"prompt": "a", "completion": "b"}) == first
