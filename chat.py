@@ -168,7 +168,7 @@ def prompt_ids(tokenizer, messages: list[dict], tools=None) -> list[int]:
 def answer_lines(chat: Chat, options):
     """JSON lines in, the same with their answers out."""
     if options.jsonl == "-":
-        file = formats.File("standard input", [line for line in sys.stdin.buffer if line.strip()], first=1)
+        file = formats.File("standard input", sys.stdin.buffer.read().rstrip().split(b"\n"), first=1)
     else:
         file = formats.read_file(options.jsonl)
     rows, prompts = [file.row(i) for i in range(len(file.rows))], []
@@ -183,7 +183,7 @@ def answer_lines(chat: Chat, options):
         if chat.system and messages[0].get("role") != "system":
             messages = [*chat.messages, *messages]
         try:
-            prompts.append(prompt_ids(chat.tokenizer, messages, row.get("tools")))
+            prompts.append(prompt_ids(chat.tokenizer, messages, formats.tools_of(row)))
             chat.check_length(prompts[-1])
         except ValueError as error:
             raise ValueError(f"{file.where(i)}: {error}") from None

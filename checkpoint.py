@@ -36,7 +36,7 @@ MAY_CHANGE = (
     "output_dir", "train.max_steps", "train.max_epochs", "train.max_tokens_per_micro_batch", "validation.every",
     "validation.at_start", "validation.samples", "validation.exact_match", "parallel.",
     "checkpoint.", "logger.", "cluster.", "model.attention", "model.compile", "model.activation_checkpointing",
-    "model.lora.merge", "model.revision",
+    "model.lora.merge",
 )  # fmt: skip
 
 
@@ -168,6 +168,8 @@ def differing_keys(old: dict, new: dict, prefix="") -> list[str]:
         full_name = f"{prefix}{name}"
         if full_name.startswith(MAY_CHANGE):
             continue
+        if full_name == "model.revision" and new.get("lora", {}).get("rank"):
+            continue  # the weights below an adapter are compared themselves
         a, b = old.get(name), new.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
             found += differing_keys(a, b, f"{full_name}.")
@@ -462,8 +464,7 @@ def read_weights(folder: Path) -> dict:
 def merge_model(adapter: Path, weights: dict | None, target: Path):
     """A model folder of a LoRA adapter's folder, in the dtype that its base is stored in. `weights`: the adapter's, in
     place of those that the folder has."""
-    model = modelling.open_saved(adapter, "auto")
-    model.load_state_dict(weights or {}, strict=False)
+    model = modelling.open_saved(adapter, "auto", weights)
     modelling.merge_adapter(model)
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(adapter).save_pretrained(target)

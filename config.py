@@ -319,6 +319,8 @@ def check_lora(model: Model):
         return
     if model.from_scratch:
         raise ValueError("model.lora.rank > 0 needs trained weights below it: set model.from_scratch=false")
+    if not lora.alpha > 0:
+        raise ValueError(f"model.lora.alpha = {lora.alpha} must be above 0: it scales the adapter")
     if lora.dropout >= 1:
         raise ValueError(f"model.lora.dropout = {lora.dropout} must be below 1")
     if lora.base_dtype == "bfloat16" and model.dtype == "float32":

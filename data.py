@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
@@ -136,11 +137,15 @@ class Chats:
     """
 
     def __init__(self, path: str, validation: str | float = 0.05, seed: int = 42, format: str | None = None):
-        rows = formats.read_rows(path, format)
         if isinstance(validation, str):
-            self.formatted_ds = {"train": rows, "validation": formats.read_rows(validation, format)}
+            # The files of a folder or a glob but those that are validated on; a file that is named is wanted
+            without = [] if Path(path).is_file() else formats.find_files(validation)
+            self.formatted_ds = {
+                "train": formats.read_rows(path, format, without),
+                "validation": formats.read_rows(validation, format),
+            }
         else:
-            self.formatted_ds = split_rows(rows, validation, seed)
+            self.formatted_ds = split_rows(formats.read_rows(path, format), validation, seed)
         self.task_spec = TaskDataSpec(Path(path).name.split(".")[0].strip("*?[]") or Path(path).absolute().parent.name)
 
 
@@ -185,8 +190,9 @@ def load_entries(config) -> list[Entry]:
     for entry in asked:
         dataset = load_dataset_class(entry["dataset"], entry.get("args", {}))
         name = dataset.task_spec.task_name
-        again = sum(other.dataset.task_spec.task_name == name for other in entries)
-        entries.append(Entry(f"{name}_{again + 1}" if again else name, dataset, float(entry.get("weight", 1))))
+        taken = {other.name for other in entries}
+        free = next(n for n in itertools.chain([name], (f"{name}_{k}" for k in itertools.count(2))) if n not in taken)
+        entries.append(Entry(free, dataset, float(entry.get("weight", 1))))
     return entries
 
 
@@ -334,11 +340,9 @@ def choose_template(config, tokenizer, entries) -> str:
     return templates.with_bos(tokenizer, chat_template)
 
 
-def tokenise_splits(config, tokenizer) -> dict:
-    """The data of a configuration, tokenised or found, as plain values that another process can be told: the
-    `chat_template`, for `open_split` the `names`, `weights` and folders of the datasets, and `answers`: the right ones
-    to those validation conversations that are to be scored, or None where a row has no list of them."""
-    entries = load_entries(config.data)
+def tokenise_splits(config, tokenizer, entries: list[Entry]) -> dict:
+    """The datasets of a configuration, tokenised or found, as plain values that another process can be told: the
+    `chat_template` and, for `open_split`, the `names`, `weights` and folders of the datasets."""
     chat_template = choose_template(config, tokenizer, entries)
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     cache = Path(huggingface_hub.constants.HF_HOME) / "sft-tokens"
@@ -353,11 +357,7 @@ def tokenise_splits(config, tokenizer) -> dict:
             rows, name = entry.dataset.formatted_ds[split], f"{entry.name} {split}"
             folder = tokenise(rows, tokenizer, chat_template, config.data.train_on, cache, name, workers)
             prepared[split].append(str(folder))
-    open_split(prepared, "train", config.data)
-    validation, prepared["answers"] = open_split(prepared, "validation", config.data), []
-    for i in validation.first(config.validation.exact_match):
-        rows = entries[validation.part_of(i)].dataset.formatted_ds["validation"]
-        prepared["answers"].append(answers_of(rows[int(validation.rows[i])]))
+        open_split(prepared, split, config.data)  # makes what the other processes open
     return prepared
 
 

@@ -10,6 +10,7 @@ of SQuAD, exact match and F1 are those of its official script; elsewhere an answ
 import argparse
 import collections
 import datetime
+import functools
 import json
 import os
 import re
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 import checkpoint
 import config as configuration
@@ -88,53 +89,81 @@ def score(questions: list[Question], answers: list[str], names: list[str]) -> di
 
 
 @torch.no_grad()
-def generate(model, prompts: list[list[int]], max_new_tokens: int, stop_ids: list[int], **sampling) -> list[list[int]]:
+def generate(
+    model, prompts: list[list[int]], max_new_tokens: int, stop_ids: list[int], alive=lambda: None, **sampling
+) -> list[list[int]]:
     """Answers (ids, without what comes from the first stop id on) to prompts of token ids, as a batch; greedy, unless
-    `sampling` (of transformers' `generate`) says otherwise."""
-    attention, was_training = model.config._attn_implementation, model.training
-    model.eval()
-    model.set_attn_implementation("eager" if attention == "eager" else "sdpa")
+    `sampling` (of transformers' `generate`) says otherwise. `alive` is called with each token."""
+    attention, was_training, own = model.config._attn_implementation, model.training, model.generation_config
     longest = max(len(prompt) for prompt in prompts)
     pad = stop_ids[0]
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)  # (prompts, longest)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=stop_ids,
-        pad_token_id=pad,
-        use_cache=True,
-        synced_gpus=modelling.is_sharded(model),  # a sharded model runs on all ranks or none
-        **({"do_sample": False, "temperature": None, "top_p": None, "top_k": None} | sampling),
-    )[:, longest:].tolist()
-    model.set_attn_implementation(attention)
-    model.train(was_training)
+
+    def note(ids, scores, **_):
+        alive()
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    model.eval()
+    model.set_attn_implementation("eager" if attention == "eager" else "sdpa")
+    model.generation_config = GenerationConfig()  # its own may hold penalties and beams, which are no greedy answers
+    try:
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=stop_ids,
+            pad_token_id=pad,
+            use_cache=True,
+            stopping_criteria=[note],
+            synced_gpus=modelling.is_sharded(model),  # a sharded model runs on all ranks or none
+            **({"do_sample": False} | sampling),
+        )[:, longest:].tolist()
+    finally:
+        model.generation_config = own
+        model.set_attn_implementation(attention)
+        model.train(was_training)
     return [
         answer[: next((k for k, token in enumerate(answer) if token in stop_ids), len(answer))] for answer in output
     ]
 
 
-def answer_all(model, tokenizer, questions, stop_ids, note_place=lambda place: None, batch_size: int = 64) -> list[str]:
+def answer_all(
+    model, tokenizer, questions, stop_ids, max_tokens: int, batch_size: int = 64, note_place=lambda place: None
+) -> list[str]:
     """The model's answers as texts, on every rank. Each rank answers its share, of a sharded model too: all ranks go
-    through as many batches, and the shortest questions come first. `note_place` is told which batch comes next."""
+    through as many batches, of prompts of like length, and a batch has at most `max_tokens` tokens where it has more
+    than one prompt. `note_place` is told of each token that comes."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     max_new_tokens = min(LONGEST, max(32, max(question.tokens for question in questions) + 8))
-    order = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt))
-    mine, found = order[rank::world_size], {}
-    most = len(order[::world_size])  # what rank 0 has
-    quiet = rank > 0 or most <= batch_size or not sys.stderr.isatty()
-    for at in tqdm(range(0, most, batch_size), desc="answering", unit=" batches", leave=False, disable=quiet):
-        note_place(f"answer {at + 1} of {most}")
-        batch = mine[at : at + batch_size] or order[:1]  # nothing left: computes along with the others
-        prompts = [questions[i].prompt for i in batch]
-        for i, ids in zip(batch, generate(model, prompts, max_new_tokens, stop_ids), strict=True):
-            found[i] = text_of(tokenizer, ids)
+    order, found, at = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt)), {}, 0
+    quiet = rank > 0 or len(order) <= batch_size or not sys.stderr.isatty()
+    with tqdm(total=len(order), desc="answering", unit=" answers", leave=False, disable=quiet) as bar:
+        while at < len(order):
+            size = batch_size
+            while (
+                size > 1
+                and size * (max_new_tokens + longest(questions, order[at : at + size * world_size])) > max_tokens
+            ):
+                size -= 1
+            everybodys = order[at : at + size * world_size]
+            batch = everybodys[rank::world_size] or order[:1]  # nothing left: computes along with the others
+            prompts = [questions[i].prompt for i in batch]
+            place = functools.partial(note_place, f"answer {at + 1} of {len(order)}")
+            for i, ids in zip(batch, generate(model, prompts, max_new_tokens, stop_ids, place), strict=True):
+                found[i] = text_of(tokenizer, ids)
+            bar.update(len(everybodys))
+            at += len(everybodys)
     gathered = [found]
     if world_size > 1:
         gathered = [None] * world_size
         dist.all_gather_object(gathered, found)
     return [{i: text for part in gathered for i, text in part.items()}[i] for i in range(len(questions))]
+
+
+def longest(questions, sorted_indices) -> int:
+    """Tokens of the longest prompt."""
+    return len(questions[sorted_indices[-1]].prompt)
 
 
 def text_of(tokenizer, ids) -> str:
@@ -151,6 +180,29 @@ def question_of(tokenizer, ids, labels, stop_ids, answers: list[str] | None, dat
     return Question(ids[:first].tolist(), text_of(tokenizer, reference), answers, dataset, tokens)
 
 
+def make_questions(entries, tokenizer, chat_template: str, stop_ids, max_examples: int | None, show=False):
+    """The last turn of the assistant in the first `max_examples` validation conversations of each dataset (None: of
+    all), whether it would be trained or not: (questions, dataset, row and id of each). Raises ValueError for a row that
+    is wrong."""
+    questions, places = [], []
+    for k, entry in enumerate(entries):
+        rows = entry.dataset.formatted_ds["validation"]
+        data.format_of(rows)
+        count = len(rows) if max_examples is None else min(len(rows), max_examples)
+        for i in tqdm(range(count), desc=f"reading {entry.name}", unit=" rows", leave=False, disable=not show):
+            with data.at_row(rows, f"{entry.name} validation", i):
+                row = rows[i]
+                data.check_row(row)
+                last = max(n for n, message in enumerate(row["messages"]) if message["role"] == "assistant")
+                messages = [{**m, "train": None, "weight": None} for m in row["messages"][: last + 1]]
+                encoded = templates.encode(tokenizer, messages, row.get("tools") or None, chat_template, "last")
+            ids, labels = (np.array(part) for part in encoded)
+            if (labels != templates.IGNORE_INDEX).any():
+                questions.append(question_of(tokenizer, ids, labels, stop_ids, data.answers_of(row), k))
+                places.append((k, i, row.get("id")))
+    return questions, places
+
+
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -161,9 +213,11 @@ def main():
     parser.add_argument("model", help="an output_dir, a checkpoint, a model's folder, or a name on the Hub")
     parser.add_argument("arguments", nargs="*", help="CONFIG.yaml, KEY=VALUE: the data; default: the run's config.yaml")
     parser.add_argument("--max-examples", type=int, help="the first so many of each dataset (default: all)")
-    parser.add_argument("--batch-size", type=int, default=64, help="answers at once on a process (64)")
+    parser.add_argument("--batch-size", type=int, default=64, help="most answers at once on a process (64)")
     parser.add_argument("--output", metavar="FILE", help="write prompts, answers and their scores, one JSON a line")
     options = parser.parse_intermixed_args()
+    if options.batch_size < 1 or (options.max_examples is not None and options.max_examples < 1):
+        parser.error("--batch-size and --max-examples must be at least 1")
     try:
         evaluate(options)
     except (ValueError, OSError) as error:
@@ -184,16 +238,25 @@ def evaluate(options):
     with data.from_hub("the model", name):
         tokenizer = AutoTokenizer.from_pretrained(name)
         dtype = modelling.compute_dtype(cfg) if device.type == "cuda" else torch.float32
-        model = modelling.open_saved(name, dtype).to(device)
+        model = modelling.open_saved(name, dtype)
+    stop_ids = modelling.stop_ids_of(model, tokenizer)
     if cfg.parallel.strategy == "fsdp" and dist.is_initialized():
         _, model = modelling.parallelise(model, cfg, "fsdp", dist.get_world_size(), device)
-    stop_ids = modelling.stop_ids_of(model, tokenizer)
-    if rank:
-        dist.barrier()  # rank 0 downloads and prepares, the others find it
-    names, places, questions = make_questions(cfg, tokenizer, stop_ids, options.max_examples, show=rank == 0)
-    if dist.is_initialized() and not rank:
-        dist.barrier()
-    answers = answer_all(model, tokenizer, questions, stop_ids, batch_size=options.batch_size)
+    else:
+        model.to(device)
+    asked = [None]
+    if rank == 0:
+        entries = data.load_entries(cfg.data)
+        chat_template = data.choose_template(cfg, tokenizer, entries)
+        questions, places = make_questions(entries, tokenizer, chat_template, stop_ids, options.max_examples, True)
+        if not questions:
+            raise ValueError("the validation split has no turn of the assistant to ask for")
+        asked, names = [questions], [entry.name for entry in entries]
+    if dist.is_initialized():
+        dist.broadcast_object_list(asked)
+    questions = asked[0]
+    max_tokens = cfg.train.max_tokens_per_micro_batch
+    answers = answer_all(model, tokenizer, questions, stop_ids, max_tokens, options.batch_size)
     if rank == 0:
         figures = score(questions, answers, names)
         counts = collections.Counter(question.dataset for question in questions)
@@ -217,31 +280,6 @@ def with_config_of(model: str, arguments: list[str]) -> list[str]:
             f"{model} is in no run's output_dir: name a configuration, as configs/squad.yaml, for the data"
         )
     return [str(found), *arguments]
-
-
-def make_questions(cfg, tokenizer, stop_ids, max_examples, show: bool):
-    """(names of the datasets; dataset, row and id of each question; the questions)."""
-    entries = data.load_entries(cfg.data)
-    chat_template = data.choose_template(cfg, tokenizer, entries)
-    places, questions = [], []
-    for k, entry in enumerate(entries):
-        rows = entry.dataset.formatted_ds["validation"]
-        data.format_of(rows)
-        count = min(len(rows), max_examples or len(rows))
-        for i in tqdm(range(count), desc=f"reading {entry.name}", unit=" rows", disable=not show):
-            with data.at_row(rows, f"{entry.name} validation", i):
-                row = rows[i]
-                data.check_row(row)
-                last = max(n for n, message in enumerate(row["messages"]) if message["role"] == "assistant")
-                messages = [{**m, "train": None, "weight": None} for m in row["messages"][: last + 1]]
-                encoded = templates.encode(tokenizer, messages, row.get("tools") or None, chat_template, "last")
-            ids, labels = (np.array(part) for part in encoded)
-            if (labels != templates.IGNORE_INDEX).any():
-                questions.append(question_of(tokenizer, ids, labels, stop_ids, data.answers_of(row), k))
-                places.append((k, i, row.get("id")))
-    if not questions:
-        raise ValueError("the validation split has no turn of the assistant to ask for")
-    return [entry.name for entry in entries], places, questions
 
 
 def write_answers(path: Path, names, places, tokenizer, questions, answers):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import datasets
+import huggingface_hub
 import numpy as np
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
@@ -35,11 +36,13 @@ SPEAKERS = {  # of ShareGPT, and the roles they are
 
 
 class File(NamedTuple):
-    """`rows`: dicts, lines of JSON, or a table of `datasets`; `first`: the number that row 0 has in messages."""
+    """`rows`: dicts, lines of JSON, or a table of `datasets`; `first`: the number that row 0 has in messages; `digest`:
+    of a file whose bytes are not at hand any more."""
 
     name: str
     rows: "list | Lines | datasets.Dataset"
     first: int = 0
+    digest: str | None = None
 
     def where(self, i: int) -> str:
         return f"{self.name}:{i + self.first}"
@@ -84,10 +87,10 @@ class Rows:
     def fingerprint(self) -> str:
         """Changes when any row does."""
         digest = hashlib.sha256(str(self.asked).encode())
-        for _, rows, _ in self.files:
+        for _, rows, _, known in self.files:
             digest.update(f"{len(rows)}".encode())
             if isinstance(rows, datasets.Dataset):
-                digest.update(rows._fingerprint.encode())
+                digest.update((known or rows._fingerprint).encode())
             elif isinstance(rows, Lines):
                 digest.update(rows.text)
             else:
@@ -140,9 +143,11 @@ class Lines:
         return self.text[self.ends[i - 1] + 1 if i else 0 : self.ends[i]].tobytes()
 
 
-def read_rows(path: str, format: str | None = None) -> Rows:
-    """The rows of a file, of all files that a glob names, or of all in a folder, by their names. Raises ValueError."""
-    files = [read_file(name) for name in find_files(path)]
+def read_rows(path: str, format: str | None = None, without: list[str] = ()) -> Rows:
+    """The rows of a file, of all files that a glob names, or of all in a folder, by their names; `without`: files that
+    are left out. Raises ValueError."""
+    without = {Path(name).resolve() for name in without}
+    files = [read_file(name) for name in find_files(path) if Path(name).resolve() not in without]
     if not sum(len(file.rows) for file in files):
         raise ValueError(f"data: {path} holds no rows")
     return Rows(files, format)
@@ -155,7 +160,8 @@ def is_path(name: str) -> bool:
 
 def find_files(path: str) -> list[str]:
     if Path(path).is_dir():
-        found = [str(p) for p in sorted(Path(path).rglob("*")) if p.name.endswith(ENDINGS) and p.name[0] != "."]
+        inside = [p for p in sorted(Path(path).rglob("*")) if p.name.endswith(ENDINGS) and p.is_file()]
+        found = [str(p) for p in inside if not any(part[0] == "." for part in p.relative_to(path).parts)]  # hidden
     elif Path(path).is_file():
         found = [path]
     elif glob.has_magic(path):
@@ -170,8 +176,12 @@ def find_files(path: str) -> list[str]:
 def read_file(path: str) -> File:
     """A row of a .jsonl file is read exactly as it stands there."""
     if path.endswith(".parquet"):
+        # datasets keeps what it has read by the file's name and time: here by what it holds
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        cache = Path(huggingface_hub.constants.HF_HOME) / "sft-parquet" / digest[:32]
         try:
-            return File(path, datasets.Dataset.from_parquet(path))
+            return File(path, datasets.Dataset.from_parquet(path, cache_dir=str(cache)), digest=digest)
         except Exception as error:
             raise ValueError(f"{path}: cannot be read as parquet: {' '.join(str(error).split())[:200]}") from None
     if path.endswith(".json"):
@@ -284,9 +294,15 @@ def to_messages(row: dict, format: str) -> dict:
         "sharegpt": from_sharegpt,
     }[format]
     converted = {"messages": convert(row)}
-    if tools := row.get("tools"):
-        converted["tools"] = read_json(tools.encode(), "tools") if isinstance(tools, str) else tools
+    if tools := tools_of(row):
+        converted["tools"] = tools
     return {**converted, **{name: row[name] for name in ("answers", "id") if row.get(name) is not None}}
+
+
+def tools_of(row: dict):
+    """A row's tools, which may be JSON text."""
+    tools = row.get("tools")
+    return read_json(tools.encode(), "tools") if tools and isinstance(tools, str) else tools
 
 
 def text_of(row: dict, name: str) -> str:

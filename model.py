@@ -1,6 +1,7 @@
 """The model: load, attention within documents, LoRA, DDP and FSDP, loss, optimizer, export."""
 
 import contextlib
+import hashlib
 import json
 import math
 import re
@@ -8,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import load_file, save_file
@@ -121,13 +123,16 @@ def choose_attention(config, device: torch.device) -> str:
     return "eager" if config.attention == "eager" else "document_varlen" if varlen else "document_sdpa"
 
 
-def load(config, device: torch.device) -> torch.nn.Module:
+def load(config, device: torch.device, outline: bool = False) -> torch.nn.Module:
     """The model of a `config.Model`, on the CPU; random weights are the same on every rank (caller seeds). Trained
-    weights are float32."""
+    weights are float32. `outline`: without weights (on the meta device)."""
     attention = choose_attention(config, device)
-    if config.from_scratch:
+    if config.from_scratch or outline:
         model_config = AutoConfig.from_pretrained(config.name, revision=config.revision)
-        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, attn_implementation=attention)
+        with torch.device("meta" if outline else "cpu"):
+            model = AutoModelForCausalLM.from_config(
+                model_config, dtype=base_dtype(config), attn_implementation=attention
+            )
     else:
         model = AutoModelForCausalLM.from_pretrained(
             config.name, revision=config.revision, dtype=base_dtype(config), attn_implementation=attention
@@ -192,6 +197,14 @@ def keeps_documents_apart(model, dtype: torch.dtype) -> bool:
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
 
 
+# Of an adapter's configuration, what is read here, and what does not change what is computed
+PEFT_KEYS = (
+    "peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "bias",
+    "target_modules", "inference_mode", "init_lora_weights", "auto_mapping", "peft_version", "megatron_core",
+    "qalora_group_size", "runtime_config",
+)  # fmt: skip
+
+
 class LoraLinear(torch.nn.Linear):
     """A linear layer whose weight stays as it is, plus a trained matrix of low rank: `x W' + scale dropout(x) A' B'`
     (Hu et al., 2021, https://arxiv.org/abs/2106.09685). lora_A (rank, in_features), lora_B (out_features, rank), zeros
@@ -232,15 +245,12 @@ def adapter_config(model, config) -> dict:
             )
     if not targets:
         raise ValueError(f"model.lora.rank = {lora.rank}: {config.name} has no linear layers (torch.nn.Linear)")
-    folder, revision = Path(config.name), config.revision
-    if not folder.is_dir():  # the very weights that it is trained on, whatever comes after them
-        cached = try_to_load_from_cache(config.name, "config.json", revision=revision)
-        revision = Path(cached).parent.name if isinstance(cached, str) else revision
+    folder = Path(config.name)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(folder.absolute()) if folder.is_dir() else config.name,
-        "revision": revision,
+        "revision": adapter_revision(config),
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
@@ -274,25 +284,57 @@ def merge_adapter(model):
     del model.adapter_config
 
 
-def open_saved(name: str, dtype, attention: str = "sdpa"):
-    """The model of a folder or of the Hub, for answering. A folder with a LoRA adapter: its base with the adapter.
-    Raises ValueError where it is an adapter of another kind."""
+def identity(config) -> str:
+    """Changes when the weights that a `config.Model` names do: of the Hub the commit, of a folder a hash of the sizes
+    and of the first and last parts of its weight files."""
+    folder = Path(config.name)
+    if not folder.is_dir():
+        return adapter_revision(config) or "unknown"
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(2**20))
+            file.seek(max(0, path.stat().st_size - 2**20))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def adapter_revision(config) -> str | None:
+    """The commit of the Hub that a `config.Model` was read from, whatever comes after it; of a folder its revision."""
+    if Path(config.name).is_dir():
+        return config.revision
+    cached = try_to_load_from_cache(config.name, "config.json", revision=config.revision)
+    return Path(cached).parent.name if isinstance(cached, str) else config.revision
+
+
+def open_saved(name: str, dtype, adapter_weights: dict | None = None, attention: str = "sdpa"):
+    """The model of a folder or of the Hub, for answering. A folder with a LoRA adapter: its base with the adapter,
+    whose weights may be given. Raises ValueError where it is an adapter of another kind, or its base is gone."""
     path = Path(name) / "adapter_config.json"
     if not path.is_file():
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention).eval()
     adapter = json.loads(path.read_text(encoding="utf-8"))
-    others = [
-        key
-        for key in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "fan_in_fan_out")
-        if adapter.get(key)
-    ]
+    others = [key for key, value in adapter.items() if value and key not in PEFT_KEYS]
+    others += ["bias"] * (adapter.get("bias", "none") != "none")
+    if not isinstance(adapter.get("init_lora_weights", True), bool):
+        others.append("init_lora_weights")  # such as PiSSA's, which changes the base
     if adapter.get("peft_type") != "LORA" or others or not isinstance(adapter.get("target_modules"), list):
         raise ValueError(f"{path}: only plain LoRA adapters with a list of target_modules are read here {others}")
     base, revision = adapter["base_model_name_or_path"], adapter.get("revision")
-    model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=dtype, attn_implementation=attention)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base, revision=revision, dtype=dtype, attn_implementation=attention
+        )
+    except OSError as error:
+        raise ValueError(
+            f"{path}: its base_model_name_or_path = {base!r} cannot be read ({' '.join(str(error).split())[:200]}); "
+            "bring it back, or name where it is now"
+        ) from None
     add_adapter(model, adapter)
-    weights = load_file(path.with_name("adapter_model.safetensors"))
-    weights = {inner_name(name): value for name, value in weights.items()}
+    weights = adapter_weights
+    if weights is None:
+        weights = load_file(path.with_name("adapter_model.safetensors"))
+        weights = {inner_name(name): value for name, value in weights.items()}
     if weights.keys() != {name for name, p in model.named_parameters() if p.requires_grad}:
         raise ValueError(f"{path.parent} does not hold the weights of the layers that its adapter_config.json names")
     model.load_state_dict(weights, strict=False)
@@ -337,10 +379,16 @@ def blocks(model) -> torch.nn.ModuleList:
 
 
 def parallelise(model, config, strategy: str, world_size: int, device: torch.device):
-    """(the `PackedLoss` to call, or DDP around it; the model in it, which holds the weights)."""
-    if not (strategy == "fsdp" and config.parallel.cpu_offload):
+    """(the `PackedLoss` to call, or DDP around it; the model in it, which holds the weights). With fsdp, ranks but the
+    first need no weights of their own (an outline): they get those of rank 0, a block at a time."""
+    plain = [None]
+    if strategy != "fsdp":
         model.to(device)
-    loss = PackedLoss(model, has_plain_head(model), config.model.compile)
+    if strategy != "fsdp" or dist.get_rank() == 0:
+        plain = [has_plain_head(model)]
+    if strategy == "fsdp":
+        dist.broadcast_object_list(plain)
+    loss = PackedLoss(model, plain[0], config.model.compile)
     if config.model.compile:
         for block in blocks(model):
             block.compile(dynamic=True)
@@ -354,8 +402,13 @@ def parallelise(model, config, strategy: str, world_size: int, device: torch.dev
         }
         if config.parallel.cpu_offload:
             options["offload_policy"] = CPUOffloadPolicy()
+        place = torch.device("cpu") if config.parallel.cpu_offload else device
+        in_blocks = {module for block in blocks(model) for module in block.modules()}
         for block in blocks(model):
+            take_weights(block.modules(), place)
             fully_shard(block, **options)
+        take_weights([module for module in model.modules() if module not in in_blocks], place)
+        model.tie_weights()
         fully_shard(model, **options)
         # the loss comes in by its own door: what is not in a block has to be gathered there too
         model.packed_loss = loss.forward
@@ -365,6 +418,17 @@ def parallelise(model, config, strategy: str, world_size: int, device: torch.dev
     if world_size == 1:
         return loss, model
     return DistributedDataParallel(loss, gradient_as_bucket_view=True, broadcast_buffers=False), model
+
+
+def take_weights(modules, device: torch.device):
+    """The weights and buffers of rank 0, on all ranks and on this device, of these modules themselves."""
+    for module in modules:
+        if dist.get_rank() == 0:
+            module._apply(lambda tensor: tensor.to(device), recurse=False)
+        else:
+            module.to_empty(device=device, recurse=False)
+        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            dist.broadcast(tensor.detach(), src=0)
 
 
 def is_sharded(model) -> bool:

@@ -91,7 +91,7 @@ def preview(cfg, options, report: dict, samples: list):
 
     tokenizer = data.load_tokenizer(cfg)
     try:
-        prepared = data.tokenise_splits(cfg, tokenizer)
+        prepared = data.tokenise_splits(cfg, tokenizer, data.load_entries(cfg.data))
     except ValueError as error:
         report["problems"] += bad_rows(cfg, tokenizer) or [str(error)]
         prepared = None
@@ -167,6 +167,8 @@ def trained_runs(examples) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     trained turn; int64 (turns,)."""
     runs = []
     for (input_ids, labels), part in zip(examples.tokens, examples.parts(), strict=True):
+        if not part:
+            continue  # of a dataset that is only validated
         starts, lengths = (array[part.start : part.stop] for array in (examples.starts, examples.lengths))
         trained = labels != templates.IGNORE_INDEX
         edges = np.zeros(len(trained) + 1, dtype=bool)  # where one document ends and the next begins

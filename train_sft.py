@@ -51,6 +51,8 @@ def main():
                 print(
                     f"{output_dir} holds a finished run; its model is in {output_dir / 'model'}. To train again, name "
                     "another output_dir or delete it; to train on, raise train.max_steps."
+                    + f" To add the adapter to its base: python checkpoint.py {output_dir / 'model'} A-FOLDER"
+                    * (output_dir / "model/adapter_config.json").is_file()
                 )
             watchdog.close()
             return
@@ -196,13 +198,13 @@ def check_data(folder: Path | None, train_set) -> int:
     return checkpoint.step_of(folder)
 
 
-def check_base(folder: Path, adapter: dict):
+def check_base(folder: Path, name: str, base: str | None):
     """Raises ValueError where the weights below a checkpoint's adapter were others than they are now."""
-    before = json.loads((folder / "model/adapter_config.json").read_text(encoding="utf-8"))["revision"]
-    if before != adapter["revision"]:
+    before = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["base"]
+    if before != base:
         raise ValueError(
-            f"{folder} was trained on revision {before} of {adapter['base_model_name_or_path']}, which is at "
-            f"{adapter['revision']} now; set model.revision={before}"
+            f"{folder} holds an adapter that was trained on model.name = {name!r} as it was ({before}), and it is "
+            f"another now ({base}): bring back the weights as they were (of the Hub: model.revision={before})"
         )
 
 
@@ -215,13 +217,13 @@ def barrier():
 
 
 class Prepared(NamedTuple):
-    """`stop_ids` end a turn; `right_answers`: see `data.tokenise_splits`."""
+    """`stop_ids` end a turn; `to_score`: what is asked at the first and the last validation."""
 
     tokenizer: object
     train_set: data.Examples
     validation_set: data.Examples
     stop_ids: list[int]
-    right_answers: list[list[str] | None]
+    to_score: list[evaluate.Question]
 
 
 def prepare(cfg, rank: int, local_rank: int) -> Prepared:
@@ -237,7 +239,12 @@ def prepare(cfg, rank: int, local_rank: int) -> Prepared:
         name = f"prepared/{os.environ['TORCHELASTIC_RESTART_COUNT']}/{os.environ['GROUP_RANK']}"
     tokenizer = data.load_tokenizer(cfg)
     if local_rank == 0:
-        prepared = data.tokenise_splits(cfg, tokenizer)
+        entries = data.load_entries(cfg.data)
+        prepared = data.tokenise_splits(cfg, tokenizer, entries)
+        stop_ids = data.find_stop_ids(tokenizer, data.open_split(prepared, "train", cfg.data))
+        count, show = cfg.validation.exact_match, rank == 0
+        questions, _ = evaluate.make_questions(entries, tokenizer, prepared["chat_template"], stop_ids, count, show)
+        prepared |= {"stop_ids": stop_ids, "questions": questions}
         if store:
             store.set(name, json.dumps(prepared))
     else:
@@ -256,7 +263,8 @@ def prepare(cfg, rank: int, local_rank: int) -> Prepared:
                     f"({cfg.data.overlong}), {total['nothing_to_train']:,} with nothing to train left out"
                 )
         examples.check(split)
-    return Prepared(tokenizer, *sets, data.find_stop_ids(tokenizer, sets[0]), prepared["answers"])
+    to_score = [evaluate.Question(*question) for question in prepared["questions"]]
+    return Prepared(tokenizer, *sets, prepared["stop_ids"], to_score)
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
@@ -265,7 +273,7 @@ def prepare(cfg, rank: int, local_rank: int) -> Prepared:
 def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | None, watchdog, began: float):
     """`folder`: the checkpoint to go on from, or None; `began`: when this process did, for `must_save_by`."""
     rank, local_rank, world_size = ranks
-    tokenizer, train_set, validation_set, stop_ids, right_answers = prepared
+    tokenizer, train_set, validation_set, stop_ids, to_score = prepared
     output_dir = Path(cfg.output_dir)
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -283,22 +291,24 @@ def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | N
             f"train.max_steps (or max_epochs) ends the run at step {steps}, and {folder} is past it; raise it, or name "
             "another output_dir"
         )
-    torch.manual_seed(cfg.seed)
     with data.from_hub("model.name", cfg.model.name):
-        model = modelling.load(cfg.model, device)
+        gpu_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+        outline, strategy = None, "ddp"  # one process has nothing to shard
+        if world_size > 1:
+            outline = modelling.load(cfg.model, device, outline=True)
+            strategy = modelling.choose_strategy(cfg.parallel.strategy, outline, world_size, gpu_bytes)
+        # Sharded, rank 0 alone reads the weights, and each rank gets its share of them
+        torch.manual_seed(cfg.seed)
+        model = outline if strategy == "fsdp" and rank > 0 else modelling.load(cfg.model, device)
     modelling.check_vocabulary(model, tokenizer)
     max_tokens = cfg.train.max_tokens_per_micro_batch
-    gpu_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    strategy = modelling.choose_strategy(cfg.parallel.strategy, model, world_size, gpu_bytes)
-    if strategy == "fsdp" and not dist.is_initialized():
-        strategy = "ddp"  # one process has nothing to shard
     parallel_model, model = modelling.parallelise(model, cfg, strategy, world_size, device)
     optimizer = modelling.make_optimizer(model, cfg.train)
     adapter = getattr(model, "adapter_config", None)
+    base = modelling.identity(cfg.model) if adapter else None
     if folder:
+        check_base(folder, cfg.model.name, base)
         checkpoint.load(folder, model, optimizer)
-        if adapter:
-            check_base(folder, adapter)
     empty = modelling.skeleton(model.config, model.generation_config, modelling.compute_dtype(cfg), adapter)
     writer = checkpoint.Writer(
         output_dir, cfg.checkpoint.keep, cfg.checkpoint.async_save, rank, empty, copy.deepcopy(tokenizer), stop_ids
@@ -328,15 +338,14 @@ def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | N
         for row in packing.pack(np.array(part), validation_set.lengths, world_size, max_tokens)[rank]
     ]
 
-    def questions(chosen: list[int], answers: list):
-        return [
-            evaluate.question_of(tokenizer, *validation_set[i], stop_ids, right, validation_set.part_of(i))
-            for i, right in zip(chosen, answers, strict=True)
-        ]
+    to_show = [
+        evaluate.question_of(tokenizer, *validation_set[i], stop_ids, None, validation_set.part_of(i))
+        for i in validation_set.first(cfg.validation.samples)
+    ]
 
-    to_score = questions(validation_set.first(cfg.validation.exact_match), right_answers)
-    shown = validation_set.first(cfg.validation.samples)
-    to_show = questions(shown, [None] * len(shown))
+    def answered(questions):
+        most = cfg.train.max_tokens_per_micro_batch
+        return evaluate.answer_all(model, tokenizer, questions, stop_ids, most, note_place=watchdog.at)
 
     def validate(step: int):
         model.eval()
@@ -355,10 +364,9 @@ def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | N
             figures |= {f"val/loss/{n}": s / t for n, s, t in zip(validation_set.names, sums, tokens, strict=True)}
         with modelling.precision(cfg, strategy, device):
             if to_score and step in (0, steps):
-                answers = evaluate.answer_all(model, tokenizer, to_score, stop_ids, watchdog.at)
-                scores = evaluate.score(to_score, answers, validation_set.names)
+                scores = evaluate.score(to_score, answered(to_score), validation_set.names)
                 figures |= {f"val/{name}": value for name, value in scores.items()}
-            aloud = evaluate.answer_all(model, tokenizer, to_show, stop_ids, watchdog.at) if to_show else []
+            aloud = answered(to_show) if to_show else []
         if tracker:
             tracker.log(step, figures)
             samples(to_show, aloud, tokenizer, tracker, step)
@@ -421,7 +429,7 @@ def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | N
                     "train/tokens_per_second": tokens / (time.perf_counter() - clock),
                 },
             )
-        figures = {"data": train_set.digest}
+        figures = {"data": train_set.digest, "base": base}
         if cfg.validation.every and (step % cfg.validation.every == 0 or step == steps):
             figures |= validate(step)
         if stops or step == steps or (cfg.checkpoint.every and step % cfg.checkpoint.every == 0):
