@@ -12,6 +12,7 @@ or as one more message, in order.
 import argparse
 import contextlib
 import json
+import os
 import sys
 
 import torch
@@ -40,8 +41,10 @@ def main():
     parser.add_argument("--max-new-tokens", type=int, default=512, help="the longest answer (512)")
     parser.add_argument("--batch-size", type=int, default=16, help="lines of --jsonl at once (16)")
     options = parser.parse_args()
-    if options.temperature < 0 or not 0 < options.top_p <= 1 or options.top_k < 0:
-        parser.error("--temperature and --top-k must be at least 0, --top-p above 0 and at most 1")
+    if not (options.temperature == 0 or 0.01 <= options.temperature < 100):
+        parser.error("--temperature must be 0, or from 0.01 to 100")
+    if not 0 < options.top_p <= 1 or options.top_k < 0:
+        parser.error("--top-k must be at least 0, --top-p above 0 and at most 1")
     if options.max_new_tokens < 1 or options.batch_size < 1:
         parser.error("--max-new-tokens and --batch-size must be at least 1")
     if options.prompt is not None and options.jsonl:
@@ -54,6 +57,8 @@ def main():
             answer_lines(chat, options)
         else:
             talk(chat)
+    except (KeyboardInterrupt, BrokenPipeError):
+        os._exit(130)  # nobody listens any more
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {' '.join(str(error).split())}") from None
 
@@ -101,7 +106,7 @@ class Chat:
         if options.temperature:
             self.sampling = {"do_sample": True, "temperature": options.temperature, "top_k": options.top_k,
                              "top_p": options.top_p}  # fmt: skip
-        torch.manual_seed(options.seed)
+        torch.manual_seed(options.seed % 2**63)
         self.begin(options.system)
 
     def begin(self, system: str | None):

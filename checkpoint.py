@@ -140,6 +140,8 @@ def where_to_start(config: dict) -> tuple[Path | None, bool]:
         return None, False
     if not (output_dir / "config.yaml").is_file():
         raise ValueError(f"output_dir = {name!r} is not empty and holds no run; name another folder")
+    if not find(output_dir) and not has_trained(output_dir):
+        return None, False  # a run that failed before its first step has nothing to lose
     if config["checkpoint"]["resume"] == "never":
         raise ValueError(f"output_dir = {name!r} holds a run already, and checkpoint.resume is never")
     old = yaml.safe_load((output_dir / "config.yaml").read_text(encoding="utf-8"))
@@ -150,7 +152,14 @@ def where_to_start(config: dict) -> tuple[Path | None, bool]:
             "name another output_dir, or set the keys as they were"
         )
     same_length = all(old["train"][key] == config["train"][key] for key in ("max_steps", "max_epochs"))
-    return newest_whole(output_dir), read_state(output_dir) == "finished" and same_length
+    finished = read_state(output_dir) == "finished" and (output_dir / "model").is_dir()
+    return newest_whole(output_dir), finished and same_length
+
+
+def has_trained(output_dir: Path) -> bool:
+    """Whether metrics.jsonl has a step."""
+    path = output_dir / "metrics.jsonl"
+    return path.is_file() and '"train/loss"' in path.read_text(encoding="utf-8")
 
 
 def read_state(output_dir: Path) -> str | None:

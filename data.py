@@ -236,7 +236,7 @@ def load_dataset_class(name: str, args: dict):
 
 
 def validation_indices(count: int, fraction: float, seed: int) -> np.ndarray:
-    if not 0 < fraction < 1:
+    if not (isinstance(fraction, float) and 0 < fraction < 1):
         raise ValueError(f"data.args.validation = {fraction} must be a file, or a fraction between 0 and 1")
     return np.random.default_rng(seed).permutation(count)[: max(1, round(count * fraction))]
 
@@ -272,6 +272,10 @@ def check_row(row):
         if isinstance(row, dict) and row.get(name):
             raise ValueError(f"has {name!r}: only text is trained here; leave such rows out")
     messages = row.get("messages") if isinstance(row, dict) else None
+    try:
+        json.dumps([messages, isinstance(row, dict) and row.get("tools")], ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"has half a character ({error.object[error.start]!r}): a text was cut within one") from None
     if not isinstance(messages, list) or not messages:
         raise ValueError('has no "messages": a row is {"messages": [{"role": ..., "content": ...}, ...]}')
     for i, message in enumerate(messages):
@@ -354,6 +358,9 @@ def tokenise_splits(config, tokenizer, entries: list[Entry]) -> dict:
     for split in ("train", "validation"):
         prepared[split] = []
         for entry in entries:
+            if split == "train" and not entry.weight:
+                prepared[split].append(None)
+                continue
             rows, name = entry.dataset.formatted_ds[split], f"{entry.name} {split}"
             folder = tokenise(rows, tokenizer, chat_template, config.data.train_on, cache, name, workers)
             prepared[split].append(str(folder))
@@ -363,8 +370,9 @@ def tokenise_splits(config, tokenizer, entries: list[Entry]) -> dict:
 
 def open_split(prepared: dict, split: str, config) -> "Examples":
     """A split of what `tokenise_splits` returned. `config`: a `config.Data`."""
-    folders = [Path(folder) for folder in prepared[split]]
-    return Examples(folders, config.max_seq_length, config.overlong, prepared["names"], prepared["weights"])
+    parts = zip(prepared[split], prepared["names"], prepared["weights"], strict=True)
+    folders, names, weights = zip(*[part for part in parts if part[0]], strict=True)
+    return Examples([Path(folder) for folder in folders], config.max_seq_length, config.overlong, names, weights)
 
 
 def find_stop_ids(tokenizer, examples) -> list[int]:
@@ -404,8 +412,8 @@ class Examples:
 
     def check(self, split: str):
         """Raises ValueError where nothing is left to train."""
-        for name, weight, total in zip(self.names, self.weights, self.totals, strict=True):
-            if total["conversations"] == 0 and (weight or split == "validation"):
+        for name, total in zip(self.names, self.totals, strict=True):
+            if total["conversations"] == 0:
                 raise ValueError(
                     f"the split {split!r} of data.dataset ({name}) has nothing to train: {total['overlong']} "
                     f"conversations are longer than data.max_seq_length, {total['nothing_to_train']} have no trained "

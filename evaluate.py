@@ -96,6 +96,8 @@ def generate(
     `sampling` (of transformers' `generate`) says otherwise. `alive` is called with each token."""
     attention, was_training, own = model.config._attn_implementation, model.training, model.generation_config
     longest = max(len(prompt) for prompt in prompts)
+    if positions := getattr(model.config.get_text_config(), "max_position_embeddings", None):
+        max_new_tokens = max(1, min(max_new_tokens, positions - longest))
     pad = stop_ids[0]
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)  # (prompts, longest)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
@@ -266,7 +268,6 @@ def evaluate(options):
             write_answers(Path(options.output), names, places, tokenizer, questions, answers)
     if dist.is_initialized():
         dist.barrier()
-        dist.destroy_process_group()
 
 
 def with_config_of(model: str, arguments: list[str]) -> list[str]:
@@ -295,3 +296,7 @@ def write_answers(path: Path, names, places, tokenizer, questions, answers):
 
 if __name__ == "__main__":
     main()
+    # As in train_sft.py: threads of the process group have aborted processes that were done
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

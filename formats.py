@@ -161,6 +161,7 @@ def is_path(name: str) -> bool:
 def find_files(path: str) -> list[str]:
     if Path(path).is_dir():
         inside = [p for p in sorted(Path(path).rglob("*")) if p.name.endswith(ENDINGS) and p.is_file()]
+        inside = [p for p in inside if p.name not in ("dataset_info.json", "dataset_infos.json")]  # of the Hub
         found = [str(p) for p in inside if not any(part[0] == "." for part in p.relative_to(path).parts)]  # hidden
     elif Path(path).is_file():
         found = [path]
@@ -212,7 +213,7 @@ def read_json(text: bytes, where: str):
         raise ValueError(f"{where}: an empty line; each line holds one row")
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: is not valid JSON: {error}") from None
 
 
@@ -258,12 +259,12 @@ def recognise(files: list[File]) -> str:
 def column_sets(file: File):
     """(columns, the first row that has these) for each set of known columns in the file; what is null is not there."""
     if isinstance(file.rows, datasets.Dataset):
-        rows, count = file.rows, len(file.rows)
-        nulls = {name: rows.data.column(name).null_count if count else 0 for name in rows.column_names}
-        some = {name for name in nulls if nulls[name] < count}
-        yield some, 0
-        if partly := {name for name in some & KNOWN if nulls[name]}:
-            yield some - partly, next(i for i in range(count) if any(rows[i][name] is None for name in partly))
+        columns = {*file.rows.column_names}
+        known = sorted(columns & KNOWN)
+        absent = [file.rows.data.column(name).is_null().to_numpy() for name in known] or [np.zeros(1, dtype=bool)]
+        patterns, first = np.unique(np.array(absent), axis=1, return_index=True)  # (columns, patterns)
+        for pattern, i in zip(patterns.T, first.tolist(), strict=True):
+            yield columns - {name for name, null in zip(known, pattern, strict=False) if null}, i
         return
     seen = set()
     for i in range(len(file.rows)):

@@ -126,6 +126,11 @@ def choose_attention(config, device: torch.device) -> str:
 def load(config, device: torch.device, outline: bool = False) -> torch.nn.Module:
     """The model of a `config.Model`, on the CPU; random weights are the same on every rank (caller seeds). Trained
     weights are float32. `outline`: without weights (on the meta device)."""
+    if (Path(config.name) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"model.name = {config.name!r} is a LoRA adapter; add it to its base first: python checkpoint.py "
+            f"{config.name} A-FOLDER, and name that"
+        )
     attention = choose_attention(config, device)
     if config.from_scratch or outline:
         model_config = AutoConfig.from_pretrained(config.name, revision=config.revision)
@@ -325,7 +330,7 @@ def open_saved(name: str, dtype, adapter_weights: dict | None = None, attention:
         model = AutoModelForCausalLM.from_pretrained(
             base, revision=revision, dtype=dtype, attn_implementation=attention
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"{path}: its base_model_name_or_path = {base!r} cannot be read ({' '.join(str(error).split())[:200]}); "
             "bring it back, or name where it is now"

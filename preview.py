@@ -147,6 +147,8 @@ def bad_rows(cfg, tokenizer, most: int = 20) -> list[str]:
         entries = data.load_entries(cfg.data)
         chat_template = data.choose_template(cfg, tokenizer, entries)
         for entry, split in itertools.product(entries, ("train", "validation")):
+            if split == "train" and not entry.weight:
+                continue
             rows, name = entry.dataset.formatted_ds[split], f"{entry.name} {split}"
             data.format_of(rows)
             for i in range(len(rows)):
@@ -167,8 +169,6 @@ def trained_runs(examples) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     trained turn; int64 (turns,)."""
     runs = []
     for (input_ids, labels), part in zip(examples.tokens, examples.parts(), strict=True):
-        if not part:
-            continue  # of a dataset that is only validated
         starts, lengths = (array[part.start : part.stop] for array in (examples.starts, examples.lengths))
         trained = labels != templates.IGNORE_INDEX
         edges = np.zeros(len(trained) + 1, dtype=bool)  # where one document ends and the next begins

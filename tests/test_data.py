@@ -78,6 +78,7 @@ def test_many_processes_write_the_tokens_of_one(tmp_path):
         ('{"messages": []}', 'no "messages"'),
         (json.dumps({"messages": [{"role": "robot", "content": "x"}]}), "role 'robot'"),
         (json.dumps({"messages": [{"role": "user", "content": 3}]}), "no text"),
+        (json.dumps(chat("a \ud83d", "b")), r"half a character \('\\ud83d'\)"),
         (json.dumps({"messages": [{"role": "user", "content": "x"}]}), "no assistant turn"),
     ],
 )

@@ -8,8 +8,11 @@ import sys
 import pytest
 from running import ROOT, metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoTokenizer
 
+import data
 import evaluate
+import model as modelling
 
 
 def command(memorised, *arguments, processes=1, expect=0):
@@ -96,3 +99,43 @@ def test_prompts_are_answered_aloud_with_the_reference_beside(memorised):
 def test_what_cannot_be_evaluated_is_said_in_one_line(memorised, arguments, reason):
     said = command(memorised, *arguments, expect=1)
     assert reason in said and "Traceback" not in said
+
+
+def test_greedy_is_the_likeliest_token_whatever_the_models_own_settings_are(memorised):
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(memorised / "model"),
+        modelling.open_saved(memorised / "model", None),
+    )
+    ids, stop = tokenizer.encode("<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n"), [2]
+    wanted = evaluate.generate(model, [ids], 20, stop)
+    assert evaluate.text_of(tokenizer, wanted[0]) == "A small model."
+    own = model.generation_config
+    own.repetition_penalty, own.no_repeat_ngram_size, own.num_beams = 5.0, 1, 2
+    assert evaluate.generate(model, [ids], 20, stop) == wanted
+    assert model.generation_config is own and own.repetition_penalty == 5.0
+
+
+def test_a_batch_of_answers_has_no_more_tokens_than_it_may(memorised, monkeypatch):
+    tokenizer, batches = AutoTokenizer.from_pretrained(memorised / "model"), []
+
+    def generate(model, prompts, max_new_tokens, stop_ids, alive):
+        batches.append(len(prompts) * (max(map(len, prompts)) + max_new_tokens) if len(prompts) > 1 else 0)
+        return [prompt[-1:] for prompt in prompts]
+
+    monkeypatch.setattr(evaluate, "generate", generate)
+    questions = [evaluate.Question([0] * (i * 37 % 91) + [i], "x", None, 0, 1) for i in range(50)]
+    answers = evaluate.answer_all(None, tokenizer, questions, [2], max_tokens=500)
+    assert answers == [evaluate.text_of(tokenizer, [i]) for i in range(50)]  # each its own
+    assert max(batches) <= 500 and len(batches) < 25
+
+
+def test_what_is_asked_is_the_last_turn_whether_it_is_trained_or_not():
+    tokenizer = AutoTokenizer.from_pretrained("configs/quickstart")
+    turns = [{"role": "user", "content": "Where is Oslo?"}, {"role": "assistant", "content": "In Norway."},
+             {"role": "user", "content": "And Lima?"},
+             {"role": "assistant", "content": "In Peru.", "train": False}]  # fmt: skip
+    rows = [{"messages": turns, "answers": ["Peru"]}, {"messages": turns[:2]}, {"messages": turns[:2]}]
+    entry = data.Entry("rows", type("Rows", (), {"formatted_ds": {"validation": rows}}), 1.0)
+    questions, places = evaluate.make_questions([entry], tokenizer, tokenizer.chat_template, [2], 2)
+    assert [q.reference for q in questions] == ["In Peru.", "In Norway."] and places == [(0, 0, None), (0, 1, None)]
+    assert tokenizer.decode(questions[0].prompt).endswith("And Lima?<|im_end|>\n<|im_start|>assistant\n")

@@ -1,9 +1,11 @@
 import gzip
 import json
+import os
 
 import datasets
 import pytest
 
+import config
 import data
 import formats
 
@@ -82,6 +84,10 @@ def test_a_row_far_down_that_fits_two_formats_is_found(tmp_path):
     table = datasets.Dataset.from_list([row] * 500 + [{**row, "output": None}])
     with pytest.raises(ValueError, match=":500: the columns instruction are of no format"):
         formats.Rows([formats.File("table", table)]).format  # noqa: B018
+    other = {"prompt": None, "completion": None}
+    table = datasets.Dataset.from_list([{**row, **other}] * 9 + [{**row, "prompt": "a", "completion": "b"}])
+    with pytest.raises(ValueError, match=":9: the format may be prompt_completion or alpaca"):
+        formats.Rows([formats.File("table", table)]).format  # noqa: B018
 
 
 @pytest.mark.parametrize(
@@ -144,3 +150,35 @@ def test_the_fingerprint_changes_with_any_row_and_with_the_format(tmp_path):
     assert fingerprint({"prompt": "a", "completion": "b"}) == first
     assert fingerprint({"prompt": "a", "completion": "c"}) != first
     assert fingerprint({"prompt": "a", "completion": "b"}, format="prompt_completion") != first
+
+
+def test_parquet_is_known_by_what_it_holds_not_by_its_time(tmp_path):
+    path, prints, answers = tmp_path / "rows.parquet", [], []
+    for answer in ("b", "c"):
+        datasets.Dataset.from_list([{"prompt": "a", "completion": answer}]).to_parquet(path)
+        os.utime(path, (1, 1))
+        rows = formats.read_rows(str(path))
+        prints.append(rows.fingerprint)
+        answers.append(rows[0]["messages"][1]["content"])
+    assert answers == ["b", "c"] and prints[0] != prints[1]
+
+
+def test_hidden_files_of_a_folder_are_no_data_nor_are_those_that_are_validated_on(tmp_path):
+    row = {"prompt": "a", "completion": "b"}
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    for name in (".ipynb_checkpoints/a.jsonl", ".b.jsonl", "c.jsonl", "val.jsonl"):
+        write(tmp_path / name, row)
+    made = data.load_dataset_class(str(tmp_path), {"validation": f"{tmp_path}/val.jsonl"}).formatted_ds
+    assert [file.name for file in made["train"].files] == [str(tmp_path / "c.jsonl")]
+    assert [file.name for file in made["validation"].files] == [str(tmp_path / "val.jsonl")]
+    made = data.load_dataset_class(f"{tmp_path}/val.jsonl", {"validation": f"{tmp_path}/val.jsonl"}).formatted_ds
+    assert len(made["train"]) == 1  # named, so wanted
+
+
+def test_datasets_of_one_name_are_told_apart(tmp_path):
+    for name in ("chats_2", "x/chats", "y/chats"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / f"{name}.jsonl", *[{"prompt": "a", "completion": "b"}] * 9)
+    entries = ", ".join(f"{{dataset: {tmp_path}/{name}.jsonl}}" for name in ("chats_2", "x/chats", "y/chats"))
+    made = data.load_entries(config.load(None, [f"data.dataset=[{entries}]"]).data)
+    assert [entry.name for entry in made] == ["chats_2", "chats", "chats_3"]

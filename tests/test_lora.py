@@ -1,11 +1,12 @@
 """LoRA: what is trained, what is saved, and that a run of it is as any other."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from running import metrics, run
-from safetensors.torch import load_file
+from running import ROOT, metrics, run
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
@@ -160,8 +161,80 @@ def test_the_base_may_be_bfloat16_and_the_adapter_is_float32(arguments, tmp_path
         ("model.lora.base_dtype=bfloat16", "needs model.dtype=bfloat16"),
         ("model.lora.targets=linear", "must be all-linear or a list"),
         ("model.lora.dropout=1.0", "must be below 1"),
+        ("model.lora.alpha=0", "alpha = 0.0 must be above 0"),
     ],
 )
 def test_a_lora_that_cannot_be_is_refused_with_the_mend(override, reason):
     with pytest.raises(ValueError, match=reason):
         config.load(None, ["model.lora.rank=4", "model.dtype=float32", override])
+
+
+def test_an_adapter_that_peft_made_gives_the_logits_that_peft_gave():
+    """tests/peft: saved by peft, with the logits of the last three tokens that it computed."""
+    wanted = json.loads((ROOT / "tests/peft/logits.json").read_text())
+    adapter = ROOT / "tests/peft/adapter"
+    model = modelling.open_saved(adapter, torch.float32)
+    with torch.no_grad():
+        logits = model(torch.tensor([wanted["input_ids"]])).logits[0, -3:]
+    torch.testing.assert_close(logits, torch.tensor(wanted["logits"]), rtol=1e-4, atol=1e-5)
+    ours = {modelling.peft_name(name) for name, p in model.named_parameters() if p.requires_grad}
+    assert ours == set(load_file(adapter / "adapter_model.safetensors"))
+
+
+def test_what_is_written_of_an_adapter_is_what_peft_writes(base):
+    theirs = json.loads((ROOT / "tests/peft/adapter/adapter_config.json").read_text())
+    overrides = ["model.lora.rank=2", "model.lora.alpha=6", "model.lora.targets=[v_proj, q_proj, down_proj]"]
+    cfg = config.load(None, [f"model.name={base}", *overrides]).model
+    ours = modelling.load(cfg, torch.device("cpu")).adapter_config
+    assert {**theirs, "base_model_name_or_path": str(base)} == {**theirs, **ours}
+
+
+@pytest.mark.parametrize(
+    "changed", [{"alpha_pattern": {"q_proj": 160}}, {"use_dora": True}, {"bias": "all"}, {"init_lora_weights": "pissa"},
+                {"peft_type": "IA3"}, {"target_modules": "all-linear"}, {"rank_pattern": {"q_proj": 1}}],
+)  # fmt: skip
+def test_an_adapter_of_another_kind_is_refused(tmp_path, changed):
+    shutil.copytree(ROOT / "tests/peft/adapter", tmp_path / "adapter")
+    path = tmp_path / "adapter/adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    with pytest.raises(ValueError, match="only plain LoRA adapters"):
+        modelling.open_saved(tmp_path / "adapter", torch.float32)
+
+
+def test_an_adapter_whose_base_is_gone_says_so(tmp_path):
+    shutil.copytree(ROOT / "tests/peft/adapter", tmp_path / "adapter")
+    path = tmp_path / "adapter/adapter_config.json"
+    path.write_text(path.read_text().replace("tests/peft/base", "./nowhere"))
+    with pytest.raises(
+        ValueError, match=r"adapter_config.json: its base_model_name_or_path = './nowhere' cannot be read"
+    ):
+        modelling.open_saved(tmp_path / "adapter", torch.float32)
+
+
+def test_a_run_does_not_go_on_where_the_weights_below_its_adapter_have_changed(arguments, base, tmp_path):
+    other = tmp_path / "base"
+    shutil.copytree(base, other)
+    arguments = [*arguments, f"model.name={other}", f"output_dir={tmp_path}/run"]
+    run(tmp_path, *arguments, "train.max_steps=2")
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    said = run(tmp_path, *arguments, expect=1)
+    assert "holds an adapter that was trained on model.name" in said and "bring back the weights" in said
+
+
+def test_the_revision_may_change_below_an_adapter_alone():
+    a, b = (config.to_dict(config.load(None, [f"model.revision={name}", "model.lora.rank=2"])) for name in ("x1", "x2"))
+    assert checkpoint.differing_keys(a, b) == []
+    a["model"]["lora"]["rank"] = b["model"]["lora"]["rank"] = 0
+    assert checkpoint.differing_keys(a, b) == ["model.revision ('x1' there, 'x2' now)"]
+
+
+def test_the_adapter_of_a_checkpoint_is_read_from_its_state_where_the_file_is_gone(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    step = tmp_path / "run/checkpoints/step_00000004"
+    (step / "model/adapter_model.safetensors").unlink()
+    checkpoint.main([str(step), str(tmp_path / "merged")])
+    checkpoint.main([str(trained / "model"), str(tmp_path / "wanted")])
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "wanted"))
+    assert all(torch.equal(a[name], b[name]) for name in b)

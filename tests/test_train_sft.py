@@ -10,7 +10,7 @@ from random import Random
 import pytest
 import torch
 from running import ROOT, assert_same_run, metrics, run, start_in_fork, state, wait_for
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import checkpoint
 import config
@@ -232,3 +232,35 @@ def test_a_trained_tool_call_is_the_whole_call_and_its_end(tmp_path):
     trained = tokenizer.decode([label for label in encoded.labels if label != -100])
     call, answer = rows[0]["messages"][1]["tool_calls"][0]["function"], rows[0]["messages"][3]["content"]
     assert trained == f"<tool_call>\n{json.dumps(call)}\n</tool_call><|im_end|>{answer}<|im_end|>"
+
+
+def test_a_run_that_failed_before_its_first_step_leaves_the_folder_free(tmp_path):
+    out = tmp_path / "out"
+    arguments = ["configs/quickstart.yaml", f"output_dir={out}", *FEW, "tokenizer.name=configs/quickstart"]
+    assert "could not be read" in run(out, *arguments, "model.name=./nowhere", expect=1)
+    assert state(out)["state"] == "failed"
+    run(out, *arguments, "train.max_steps=2")
+    assert [*metrics(out)] == [1, 2]
+    assert "another configuration" in run(out, *arguments, "train.learning_rate=1", expect=1)
+
+
+def test_a_finished_run_whose_model_is_gone_writes_it_again(tmp_path, single):
+    shutil.copytree(single, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/model")
+    run(tmp_path, "configs/quickstart.yaml", f"output_dir={tmp_path}/out", *FEW)
+    assert_same_run(tmp_path / "out", single)
+
+
+def test_an_adapter_is_no_model_to_train_on(tmp_path):
+    said = run(tmp_path, "configs/quickstart.yaml", f"output_dir={tmp_path}/out", *FEW, "model.from_scratch=false",
+               "model.name=tests/peft/adapter", "tokenizer.name=configs/quickstart", expect=1)  # fmt: skip
+    assert "is a LoRA adapter; add it to its base first: python checkpoint.py tests/peft/adapter" in said
+
+
+def test_a_model_of_few_positions_answers_within_them(tmp_path):
+    shape = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 96, "vocab_size": 1024}
+    GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=2, eos_token_id=2)).save_pretrained(tmp_path / "gpt2")
+    run(tmp_path / "out", "configs/quickstart.yaml", f"output_dir={tmp_path}/out", *FEW, "model.from_scratch=false",
+        f"model.name={tmp_path}/gpt2", "tokenizer.name=configs/quickstart", "data.max_seq_length=96",
+        "validation.exact_match=100", "validation.max_examples=8", "train.max_steps=1")  # fmt: skip
+    assert len(metrics(tmp_path / "out", "val/exact_match")) == 2
