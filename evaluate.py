@@ -138,14 +138,15 @@ def answer_all(
     than one prompt. `note_place` is told of each token that comes."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     max_new_tokens = min(LONGEST, max(32, max(question.tokens for question in questions) + 8))
-    order, found, at = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt)), {}, 0
+    lengths = [len(question.prompt) for question in questions]
+    order, found, at = sorted(range(len(questions)), key=lengths.__getitem__), {}, 0
     quiet = rank > 0 or len(order) <= batch_size or not sys.stderr.isatty()
     with tqdm(total=len(order), desc="answering", unit=" answers", leave=False, disable=quiet) as bar:
         while at < len(order):
             size = batch_size
             while (
                 size > 1
-                and size * (max_new_tokens + longest(questions, order[at : at + size * world_size])) > max_tokens
+                and size * (lengths[order[min(at + size * world_size, len(order)) - 1]] + max_new_tokens) > max_tokens
             ):
                 size -= 1
             everybodys = order[at : at + size * world_size]
@@ -161,11 +162,6 @@ def answer_all(
         gathered = [None] * world_size
         dist.all_gather_object(gathered, found)
     return [{i: text for part in gathered for i, text in part.items()}[i] for i in range(len(questions))]
-
-
-def longest(questions, sorted_indices) -> int:
-    """Tokens of the longest prompt."""
-    return len(questions[sorted_indices[-1]].prompt)
 
 
 def text_of(tokenizer, ids) -> str:
@@ -189,8 +185,9 @@ def make_questions(entries, tokenizer, chat_template: str, stop_ids, max_example
     questions, places = [], []
     for k, entry in enumerate(entries):
         rows = entry.dataset.formatted_ds["validation"]
-        data.format_of(rows)
         count = len(rows) if max_examples is None else min(len(rows), max_examples)
+        if count:
+            data.format_of(rows)  # it looks at all rows
         for i in tqdm(range(count), desc=f"reading {entry.name}", unit=" rows", leave=False, disable=not show):
             with data.at_row(rows, f"{entry.name} validation", i):
                 row = rows[i]
