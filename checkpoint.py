@@ -140,7 +140,7 @@ def where_to_start(config: dict) -> tuple[Path | None, bool]:
         return None, False
     if not (output_dir / "config.yaml").is_file():
         raise ValueError(f"output_dir = {name!r} is not empty and holds no run; name another folder")
-    if not find(output_dir) and not has_trained(output_dir):
+    if read_state(output_dir) == "failed" and not find(output_dir) and not has_trained(output_dir):
         return None, False  # a run that failed before its first step has nothing to lose
     if config["checkpoint"]["resume"] == "never":
         raise ValueError(f"output_dir = {name!r} holds a run already, and checkpoint.resume is never")

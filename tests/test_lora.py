@@ -170,9 +170,9 @@ def test_a_lora_that_cannot_be_is_refused_with_the_mend(override, reason):
 
 
 def test_an_adapter_that_peft_made_gives_the_logits_that_peft_gave():
-    """tests/peft: saved by peft, with the logits of the last three tokens that it computed."""
-    wanted = json.loads((ROOT / "tests/peft/logits.json").read_text())
-    adapter = ROOT / "tests/peft/adapter"
+    """tests/saved_by_peft: saved by peft, with the logits of the last three tokens that it computed."""
+    wanted = json.loads((ROOT / "tests/saved_by_peft/logits.json").read_text())
+    adapter = ROOT / "tests/saved_by_peft/adapter"
     model = modelling.open_saved(adapter, torch.float32)
     with torch.no_grad():
         logits = model(torch.tensor([wanted["input_ids"]])).logits[0, -3:]
@@ -182,7 +182,7 @@ def test_an_adapter_that_peft_made_gives_the_logits_that_peft_gave():
 
 
 def test_what_is_written_of_an_adapter_is_what_peft_writes(base):
-    theirs = json.loads((ROOT / "tests/peft/adapter/adapter_config.json").read_text())
+    theirs = json.loads((ROOT / "tests/saved_by_peft/adapter/adapter_config.json").read_text())
     overrides = ["model.lora.rank=2", "model.lora.alpha=6", "model.lora.targets=[v_proj, q_proj, down_proj]"]
     cfg = config.load(None, [f"model.name={base}", *overrides]).model
     ours = modelling.load(cfg, torch.device("cpu")).adapter_config
@@ -194,7 +194,7 @@ def test_what_is_written_of_an_adapter_is_what_peft_writes(base):
                 {"peft_type": "IA3"}, {"target_modules": "all-linear"}, {"rank_pattern": {"q_proj": 1}}],
 )  # fmt: skip
 def test_an_adapter_of_another_kind_is_refused(tmp_path, changed):
-    shutil.copytree(ROOT / "tests/peft/adapter", tmp_path / "adapter")
+    shutil.copytree(ROOT / "tests/saved_by_peft/adapter", tmp_path / "adapter")
     path = tmp_path / "adapter/adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
     with pytest.raises(ValueError, match="only plain LoRA adapters"):
@@ -202,9 +202,9 @@ def test_an_adapter_of_another_kind_is_refused(tmp_path, changed):
 
 
 def test_an_adapter_whose_base_is_gone_says_so(tmp_path):
-    shutil.copytree(ROOT / "tests/peft/adapter", tmp_path / "adapter")
+    shutil.copytree(ROOT / "tests/saved_by_peft/adapter", tmp_path / "adapter")
     path = tmp_path / "adapter/adapter_config.json"
-    path.write_text(path.read_text().replace("tests/peft/base", "./nowhere"))
+    path.write_text(path.read_text().replace("tests/saved_by_peft/base", "./nowhere"))
     with pytest.raises(
         ValueError, match=r"adapter_config.json: its base_model_name_or_path = './nowhere' cannot be read"
     ):

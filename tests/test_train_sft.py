@@ -253,8 +253,8 @@ def test_a_finished_run_whose_model_is_gone_writes_it_again(tmp_path, single):
 
 def test_an_adapter_is_no_model_to_train_on(tmp_path):
     said = run(tmp_path, "configs/quickstart.yaml", f"output_dir={tmp_path}/out", *FEW, "model.from_scratch=false",
-               "model.name=tests/peft/adapter", "tokenizer.name=configs/quickstart", expect=1)  # fmt: skip
-    assert "is a LoRA adapter; add it to its base first: python checkpoint.py tests/peft/adapter" in said
+               "model.name=tests/saved_by_peft/adapter", "tokenizer.name=configs/quickstart", expect=1)  # fmt: skip
+    assert "is a LoRA adapter; add it to its base first: python checkpoint.py tests/saved_by_peft/adapter" in said
 
 
 def test_a_model_of_few_positions_answers_within_them(tmp_path):
