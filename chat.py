@@ -134,8 +134,8 @@ class Chat:
         return said.text.strip()
 
     def check_length(self, ids: list[int]):
-        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if longest and len(ids) >= longest:
+        longest = evaluate.positions_of(self.model)
+        if len(ids) >= longest:
             raise ValueError(
                 f"the conversation has {len(ids):,} tokens, the model takes {longest:,}; /reset begins anew"
             )
@@ -179,7 +179,7 @@ def answer_lines(chat: Chat, options):
     rows, prompts = [file.row(i) for i in range(len(file.rows))], []
     for i, row in enumerate(rows):
         messages = row.get("messages", row.get("prompt")) if isinstance(row, dict) else None
-        if isinstance(messages, str):
+        if isinstance(messages, str) and "messages" not in row:
             messages = [{"role": "user", "content": messages}]
         if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
             raise ValueError(f'{file.where(i)}: a line is {{"prompt": "..."}} or {{"messages": [...]}}')
@@ -192,16 +192,22 @@ def answer_lines(chat: Chat, options):
             chat.check_length(prompts[-1])
         except ValueError as error:
             raise ValueError(f"{file.where(i)}: {error}") from None
-    for at in tqdm(range(0, len(rows), options.batch_size), desc="answering", unit=" batches"):
-        batch = prompts[at : at + options.batch_size]
+    batch, room = [], evaluate.positions_of(chat.model) - chat.max_new_tokens
+    for i, prompt in enumerate(tqdm(prompts, desc="answering", unit=" lines")):
+        batch.append(prompt)
+        # a prompt that leaves too little room for an answer is answered alone, so that it cuts no other's
+        full = len(batch) == options.batch_size or i + 1 == len(prompts)
+        if not full and max(len(batch[-1]), len(prompts[i + 1])) <= room:
+            continue
         answers = evaluate.generate(chat.model, batch, chat.max_new_tokens, chat.stop_ids, **chat.sampling)
-        for row, ids in zip(rows[at : at + options.batch_size], answers, strict=True):
+        for row, ids in zip(rows[i + 1 - len(batch) : i + 1], answers, strict=True):
             text = evaluate.text_of(chat.tokenizer, ids)
             if "messages" in row:
                 row = {**row, "messages": [*row["messages"], {"role": "assistant", "content": text}]}
             else:
                 row = {**row, "completion": text}
             print(json.dumps(row, ensure_ascii=False), flush=True)
+        batch = []
 
 
 if __name__ == "__main__":

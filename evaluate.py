@@ -10,7 +10,6 @@ of SQuAD, exact match and F1 are those of its official script; elsewhere an answ
 import argparse
 import collections
 import datetime
-import functools
 import json
 import os
 import re
@@ -96,8 +95,7 @@ def generate(
     `sampling` (of transformers' `generate`) says otherwise. `alive` is called with each token."""
     attention, was_training, own = model.config._attn_implementation, model.training, model.generation_config
     longest = max(len(prompt) for prompt in prompts)
-    if positions := getattr(model.config.get_text_config(), "max_position_embeddings", None):
-        max_new_tokens = max(1, min(max_new_tokens, positions - longest))
+    max_new_tokens = max(1, min(max_new_tokens, positions_of(model) - longest))
     pad = stop_ids[0]
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)  # (prompts, longest)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
@@ -130,30 +128,36 @@ def generate(
     ]
 
 
+def positions_of(model) -> int:
+    """How many tokens a model takes at most, as far as its configuration says so."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+
+
 def answer_all(
-    model, tokenizer, questions, stop_ids, max_tokens: int, batch_size: int = 64, note_place=lambda place: None
-) -> list[str]:
+    model, tokenizer, questions, stop_ids, max_tokens: int, max_prompt: int | None = None, batch_size: int = 64,
+    note_place=lambda place: None, alive=lambda: None,
+) -> list[str]:  # fmt: skip
     """The model's answers as texts, on every rank. Each rank answers its share, of a sharded model too: all ranks go
-    through as many batches, of prompts of like length, and a batch has at most `max_tokens` tokens where it has more
-    than one prompt. `note_place` is told of each token that comes."""
+    through as many batches, of prompts of like length, and a batch of more than one prompt has at most `max_tokens`
+    tokens and room for its answers. A prompt of `max_prompt` tokens, or of all that the model takes, is answered with
+    nothing. `note_place` is told of each batch, `alive` is called with each token."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     max_new_tokens = min(LONGEST, max(32, max(question.tokens for question in questions) + 8))
-    lengths = [len(question.prompt) for question in questions]
-    order, found, at = sorted(range(len(questions)), key=lengths.__getitem__), {}, 0
-    quiet = rank > 0 or len(order) <= batch_size or not sys.stderr.isatty()
+    lengths, positions = [len(question.prompt) for question in questions], positions_of(model)
+    order = sorted(range(len(questions)), key=lengths.__getitem__)
+    order = [i for i in order if lengths[i] < min(positions, max_prompt or positions)]
+    found, at, quiet = {}, 0, rank > 0 or len(order) <= batch_size or not sys.stderr.isatty()
     with tqdm(total=len(order), desc="answering", unit=" answers", leave=False, disable=quiet) as bar:
         while at < len(order):
-            size = batch_size
-            while (
-                size > 1
-                and size * (lengths[order[min(at + size * world_size, len(order)) - 1]] + max_new_tokens) > max_tokens
-            ):
-                size -= 1
+            for size in range(batch_size, 0, -1):
+                longest = lengths[order[min(at + size * world_size, len(order)) - 1]] + max_new_tokens
+                if size * longest <= max_tokens and longest <= positions:
+                    break  # (else there is one, with what room it has)
             everybodys = order[at : at + size * world_size]
+            note_place(f"answer {at + 1} of {len(order)}")
             batch = everybodys[rank::world_size] or order[:1]  # nothing left: computes along with the others
             prompts = [questions[i].prompt for i in batch]
-            place = functools.partial(note_place, f"answer {at + 1} of {len(order)}")
-            for i, ids in zip(batch, generate(model, prompts, max_new_tokens, stop_ids, place), strict=True):
+            for i, ids in zip(batch, generate(model, prompts, max_new_tokens, stop_ids, alive), strict=True):
                 found[i] = text_of(tokenizer, ids)
             bar.update(len(everybodys))
             at += len(everybodys)
@@ -161,7 +165,8 @@ def answer_all(
     if world_size > 1:
         gathered = [None] * world_size
         dist.all_gather_object(gathered, found)
-    return [{i: text for part in gathered for i, text in part.items()}[i] for i in range(len(questions))]
+    everything = {i: text for part in gathered for i, text in part.items()}
+    return [everything.get(i, "") for i in range(len(questions))]
 
 
 def text_of(tokenizer, ids) -> str:
@@ -255,7 +260,7 @@ def evaluate(options):
         dist.broadcast_object_list(asked)
     questions = asked[0]
     max_tokens = cfg.train.max_tokens_per_micro_batch
-    answers = answer_all(model, tokenizer, questions, stop_ids, max_tokens, options.batch_size)
+    answers = answer_all(model, tokenizer, questions, stop_ids, max_tokens, batch_size=options.batch_size)
     if rank == 0:
         figures = score(questions, answers, names)
         counts = collections.Counter(question.dataset for question in questions)

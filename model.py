@@ -142,6 +142,12 @@ def load(config, device: torch.device, outline: bool = False) -> torch.nn.Module
         model = AutoModelForCausalLM.from_pretrained(
             config.name, revision=config.revision, dtype=base_dtype(config), attn_implementation=attention
         )
+        head, tied = model.get_output_embeddings(), model.config.get_text_config().tie_word_embeddings
+        if tied and head is not None and head.weight is not model.get_input_embeddings().weight:
+            raise ValueError(
+                f"model.name = {config.name!r} has an output layer of its own, and its config.json says "
+                "tie_word_embeddings: true, as which it would be saved; correct its config.json to false"
+            )
     prepare_for_training(model, config)
     return model
 
@@ -291,16 +297,18 @@ def merge_adapter(model):
 
 def identity(config) -> str:
     """Changes when the weights that a `config.Model` names do: of the Hub the commit, of a folder a hash of the sizes
-    and of the first and last parts of its weight files."""
+    of its weight files and of 4 KiB of each MiB in them."""
     folder = Path(config.name)
     if not folder.is_dir():
         return adapter_revision(config) or "unknown"
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(2**20))
-            file.seek(max(0, path.stat().st_size - 2**20))
-            digest.update(file.read())
+            for place in range(0, size, 2**20):
+                file.seek(place)
+                digest.update(file.read(4096))
     return digest.hexdigest()[:16]
 
 
@@ -386,14 +394,11 @@ def blocks(model) -> torch.nn.ModuleList:
 def parallelise(model, config, strategy: str, world_size: int, device: torch.device):
     """(the `PackedLoss` to call, or DDP around it; the model in it, which holds the weights). With fsdp, ranks but the
     first need no weights of their own (an outline): they get those of rank 0, a block at a time."""
-    plain = [None]
-    if strategy != "fsdp":
-        model.to(device)
-    if strategy != "fsdp" or dist.get_rank() == 0:
-        plain = [has_plain_head(model)]
     if strategy == "fsdp":
-        dist.broadcast_object_list(plain)
-    loss = PackedLoss(model, plain[0], config.model.compile)
+        plain, ties = follow_rank_0(model)
+    else:
+        plain = has_plain_head(model.to(device))
+    loss = PackedLoss(model, plain, config.model.compile)
     if config.model.compile:
         for block in blocks(model):
             block.compile(dynamic=True)
@@ -413,7 +418,9 @@ def parallelise(model, config, strategy: str, world_size: int, device: torch.dev
             take_weights(block.modules(), place)
             fully_shard(block, **options)
         take_weights([module for module in model.modules() if module not in in_blocks], place)
-        model.tie_weights()
+        for name, first in ties.items():
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, model.get_parameter(first))
         fully_shard(model, **options)
         # the loss comes in by its own door: what is not in a block has to be gathered there too
         model.packed_loss = loss.forward
@@ -425,13 +432,45 @@ def parallelise(model, config, strategy: str, world_size: int, device: torch.dev
     return DistributedDataParallel(loss, gradient_as_bucket_view=True, broadcast_buffers=False), model
 
 
+def follow_rank_0(model) -> tuple[bool, dict[str, str]]:
+    """(whether the model has a plain head; which weights are others under a second name), as rank 0 finds, which has
+    the weights. On the other ranks the outline takes its dtypes. Raises ValueError where it is another model."""
+    told = [None]
+    if dist.get_rank() == 0:
+        names, ties = {}, {}
+        for name, p in model.named_parameters(remove_duplicate=False):
+            if names.setdefault(p, name) != name:
+                ties[name] = names[p]
+        try:
+            plain = has_plain_head(model)
+        except Exception:  # some layers compute on a GPU alone: the longer way is right for any head
+            plain = False
+        told = [(plain, ties, {name: (tensor.dtype, tensor.shape) for name, tensor in tensors_of(model)})]
+    dist.broadcast_object_list(told)
+    plain, ties, contents = told[0]
+    mine = dict(tensors_of(model))
+    if [(name, t.shape) for name, t in mine.items()] != [(name, shape) for name, (_, shape) in contents.items()]:
+        raise ValueError(f"the weights of {model.config._name_or_path} are not those that its config.json describes")
+    for name, tensor in mine.items():
+        tensor.data = tensor.data.to(contents[name][0])
+    return plain, ties
+
+
+def tensors_of(model):
+    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+
+
 def take_weights(modules, device: torch.device):
     """The weights and buffers of rank 0, on all ranks and on this device, of these modules themselves."""
     for module in modules:
         if dist.get_rank() == 0:
             module._apply(lambda tensor: tensor.to(device), recurse=False)
         else:
-            module.to_empty(device=device, recurse=False)
+            for name, p in [*module.named_parameters(recurse=False)]:
+                empty = torch.empty(p.shape, dtype=p.dtype, device=device)
+                module.register_parameter(name, torch.nn.Parameter(empty, p.requires_grad))
+            for name, buffer in [*module.named_buffers(recurse=False)]:
+                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
         for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
             dist.broadcast(tensor.detach(), src=0)
 

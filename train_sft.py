@@ -64,10 +64,10 @@ def main():
             dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
         lock = take_output_dir(cfg, output_dir, rank)
         # Nobody else writes there any more; and all ranks go on from the checkpoint that rank 0 sees
-        found = [checkpoint.where_to_start(configuration.to_dict(cfg))[0] if rank == 0 else None]
+        found = [checkpoint.where_to_start(configuration.to_dict(cfg))[0] if rank == 0 else None, prepared.to_score]
         if world_size > 1:
             dist.broadcast_object_list(found)
-        folder = found[0]
+        folder, prepared = found[0], prepared._replace(to_score=found[1])
         start = check_data(folder, prepared.train_set)
         barrier()
         watchdog.output_dir, watchdog.step = output_dir, start
@@ -200,7 +200,7 @@ def check_data(folder: Path | None, train_set) -> int:
 
 def check_base(folder: Path, name: str, base: str | None):
     """Raises ValueError where the weights below a checkpoint's adapter were others than they are now."""
-    before = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["base"]
+    before = json.loads((folder / "metrics.json").read_text(encoding="utf-8")).get("base")
     if before != base:
         raise ValueError(
             f"{folder} holds an adapter that was trained on model.name = {name!r} as it was ({before}), and it is "
@@ -223,7 +223,7 @@ class Prepared(NamedTuple):
     train_set: data.Examples
     validation_set: data.Examples
     stop_ids: list[int]
-    to_score: list[evaluate.Question]
+    to_score: list[evaluate.Question] | None
 
 
 def prepare(cfg, rank: int, local_rank: int) -> Prepared:
@@ -241,10 +241,7 @@ def prepare(cfg, rank: int, local_rank: int) -> Prepared:
     if local_rank == 0:
         entries = data.load_entries(cfg.data)
         prepared = data.tokenise_splits(cfg, tokenizer, entries)
-        stop_ids = data.find_stop_ids(tokenizer, data.open_split(prepared, "train", cfg.data))
-        count, show = cfg.validation.exact_match, rank == 0
-        questions, _ = evaluate.make_questions(entries, tokenizer, prepared["chat_template"], stop_ids, count, show)
-        prepared |= {"stop_ids": stop_ids, "questions": questions}
+        prepared["stop_ids"] = data.find_stop_ids(tokenizer, data.open_split(prepared, "train", cfg.data))
         if store:
             store.set(name, json.dumps(prepared))
     else:
@@ -263,7 +260,11 @@ def prepare(cfg, rank: int, local_rank: int) -> Prepared:
                     f"({cfg.data.overlong}), {total['nothing_to_train']:,} with nothing to train left out"
                 )
         examples.check(split)
-    to_score = [evaluate.Question(*question) for question in prepared["questions"]]
+    to_score = None
+    if rank == 0:  # the others are told later: they may be too many for the store
+        to_score, _ = evaluate.make_questions(
+            entries, tokenizer, tokenizer.chat_template, prepared["stop_ids"], cfg.validation.exact_match, True
+        )
     return Prepared(tokenizer, *sets, prepared["stop_ids"], to_score)
 
 
@@ -345,7 +346,9 @@ def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | N
 
     def answered(questions):
         most = cfg.train.max_tokens_per_micro_batch
-        return evaluate.answer_all(model, tokenizer, questions, stop_ids, most, note_place=watchdog.at)
+        return evaluate.answer_all(
+            model, tokenizer, questions, stop_ids, most, cfg.data.max_seq_length, 64, watchdog.at, watchdog.alive
+        )
 
     def validate(step: int):
         model.eval()

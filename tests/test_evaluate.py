@@ -115,18 +115,29 @@ def test_greedy_is_the_likeliest_token_whatever_the_models_own_settings_are(memo
     assert model.generation_config is own and own.repetition_penalty == 5.0
 
 
-def test_a_batch_of_answers_has_no_more_tokens_than_it_may(memorised, monkeypatch):
-    tokenizer, batches = AutoTokenizer.from_pretrained(memorised / "model"), []
+def test_a_batch_of_answers_has_no_more_tokens_than_it_may_and_a_prompt_without_room_is_alone(memorised, monkeypatch):
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(memorised / "model"),
+        modelling.open_saved(memorised / "model", None),
+    )
+    batches, places, tokens = [], [], []
 
     def generate(model, prompts, max_new_tokens, stop_ids, alive):
-        batches.append(len(prompts) * (max(map(len, prompts)) + max_new_tokens) if len(prompts) > 1 else 0)
+        batches.append((len(prompts), max(map(len, prompts)) + max_new_tokens))
+        [alive() for _ in prompts]
         return [prompt[-1:] for prompt in prompts]
 
     monkeypatch.setattr(evaluate, "generate", generate)
-    questions = [evaluate.Question([0] * (i * 37 % 91) + [i], "x", None, 0, 1) for i in range(50)]
-    answers = evaluate.answer_all(None, tokenizer, questions, [2], max_tokens=500)
-    assert answers == [evaluate.text_of(tokenizer, [i]) for i in range(50)]  # each its own
-    assert max(batches) <= 500 and len(batches) < 25
+    lengths = [(i * 37) % 91 for i in range(48)] + [230, 231, 255, 256, 300]
+    questions = [evaluate.Question([0] * (length - 1) + [7 + i], "x", None, 0, 1) for i, length in enumerate(lengths)]
+    answers = evaluate.answer_all(
+        model, tokenizer, questions, [2], 500, None, 64, places.append, lambda: tokens.append(1)
+    )
+    assert answers == [evaluate.text_of(tokenizer, [7 + i]) for i in range(51)] + ["", ""]  # 256 positions
+    assert all(n == 1 or n * most <= 500 and most <= 256 for n, most in batches)
+    assert len(places) == len(batches) < 30 and len(tokens) == 51
+    short = evaluate.answer_all(model, tokenizer, questions, [2], 500, max_prompt=90)
+    assert [not text for text in short] == [length >= 90 for length in lengths]
 
 
 def test_what_is_asked_is_the_last_turn_whether_it_is_trained_or_not():

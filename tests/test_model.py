@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     AutoModelForCausalLM,
@@ -202,3 +203,17 @@ def test_a_document_longer_than_a_models_attention_chunk_is_refused():
     modelling.document_attention(module, query, query, query, None, document_ends=torch.tensor([5, 6]))
     with pytest.raises(ValueError, match="chunks of 5 tokens, and a document has 6: set data.max_seq_length"):
         modelling.document_attention(module, query, query, query, None, document_ends=torch.tensor([6]))
+
+
+def test_an_output_layer_of_its_own_that_would_be_saved_as_the_embedding_is_refused(tmp_path):
+    model = tiny_llama(tied=False)
+    model.config.tie_word_embeddings = True
+    model.save_pretrained(tmp_path, state_dict={name: value + 0 for name, value in model.state_dict().items()})
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"] + 1}, tmp_path / "model.safetensors",
+              {"format": "pt"})  # fmt: skip
+    cfg = config.load(None, ["model.dtype=float32", f"model.name={tmp_path}"]).model
+    with pytest.raises(
+        ValueError, match="an output layer of its own, and its config.json says tie_word_embeddings: true"
+    ):
+        modelling.load(cfg, CPU)
