@@ -306,9 +306,11 @@ def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | N
     parallel_model, model = modelling.parallelise(model, cfg, strategy, world_size, device)
     optimizer = modelling.make_optimizer(model, cfg.train)
     adapter = getattr(model, "adapter_config", None)
-    base = modelling.identity(cfg.model) if adapter else None
+    base = [modelling.identity(cfg.model) if adapter and rank == 0 else None]
+    if world_size > 1:
+        dist.broadcast_object_list(base)
     if folder:
-        check_base(folder, cfg.model.name, base)
+        check_base(folder, cfg.model.name, base[0])
         checkpoint.load(folder, model, optimizer)
     empty = modelling.skeleton(model.config, model.generation_config, modelling.compute_dtype(cfg), adapter)
     writer = checkpoint.Writer(
@@ -432,7 +434,7 @@ def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | N
                     "train/tokens_per_second": tokens / (time.perf_counter() - clock),
                 },
             )
-        figures = {"data": train_set.digest, "base": base}
+        figures = {"data": train_set.digest, "base": base[0]}
         if cfg.validation.every and (step % cfg.validation.every == 0 or step == steps):
             figures |= validate(step)
         if stops or step == steps or (cfg.checkpoint.every and step % cfg.checkpoint.every == 0):
