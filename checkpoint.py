@@ -248,15 +248,16 @@ def reason_of(error: BaseException) -> BaseException:
 def state_of(model, optimizer) -> dict:
     """Weights, buffers and optimizer state by the parameter's name, as they are and not copied. The optimizer's state
     is made where it has none yet, so that a checkpoint can be read into it."""
+    # Before all else: it has FSDP put back the shards that a forward pass left gathered
     kept = model.state_dict().keys()
-    weights = {name: p.detach() for name, p in model.named_parameters()}  # tied weights once
-    weights |= {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}  # tied weights once
     if modelling.has_adapter(model):  # what it stands beside is where it was read from
-        weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        weights = {name: p.detach() for name, p in trained.items()}
+    else:
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+        weights |= {name: buffer for name, buffer in model.named_buffers() if name in kept}
     moments = {}
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
+    for name, p in trained.items():
         if p not in optimizer.state:
             optimizer.state[p] = modelling.first_state(p)
         moments[name] = optimizer.state[p]
@@ -477,8 +478,7 @@ def merge_model(adapter: Path, weights: dict | None, target: Path):
     modelling.merge_adapter(model)
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(adapter).save_pretrained(target)
-    for name in modelling.weight_files(target):
-        shutil.copymode(target / "tokenizer_config.json", target / name)
+    modelling.check_files(target)
     modelling.compare(target, model.state_dict())
 
 
@@ -509,9 +509,8 @@ def make_model_folder(folder: Path, target: Path):
 def export_plain(folder: Path, source: Path, target: Path):
     model_config = AutoConfig.from_pretrained(source)
     skeleton = modelling.skeleton(model_config, GenerationConfig.from_pretrained(source), model_config.dtype)
-    eos = skeleton.generation_config.eos_token_id
-    stop_ids = eos if isinstance(eos, list) else [eos]
-    export(folder / "state", skeleton, AutoTokenizer.from_pretrained(source), stop_ids, target)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    export(folder / "state", skeleton, tokenizer, modelling.stop_ids_of(skeleton, tokenizer), target)
 
 
 if __name__ == "__main__":

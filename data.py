@@ -268,12 +268,11 @@ def from_hub(key: str, name: str):
 
 def check_row(row):
     """Raises ValueError with the reason where a row is no conversation that can be trained on."""
-    for name in formats.NO_TEXT:
-        if isinstance(row, dict) and row.get(name):
-            raise ValueError(f"has {name!r}: only text is trained here; leave such rows out")
-    messages = row.get("messages") if isinstance(row, dict) else None
+    row = row if isinstance(row, dict) else {}
+    formats.refuse_other_than_text(row)
+    messages = row.get("messages")
     try:
-        json.dumps([messages, isinstance(row, dict) and row.get("tools")], ensure_ascii=False, default=str).encode()
+        json.dumps([messages, row.get("tools")], ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"has half a character ({error.object[error.start]!r}): a text was cut within one") from None
     if not isinstance(messages, list) or not messages:
@@ -355,17 +354,21 @@ def tokenise_splits(config, tokenizer, entries: list[Entry]) -> dict:
         "names": [entry.name for entry in entries],
         "weights": [entry.weight for entry in entries],
     }
+    prepared |= {split: [None] * len(entries) for split in ("train", "validation")}
+    for k, split, rows, name in rows_of(entries):
+        folder = tokenise(rows, tokenizer, chat_template, config.data.train_on, cache, name, workers)
+        prepared[split][k] = str(folder)
     for split in ("train", "validation"):
-        prepared[split] = []
-        for entry in entries:
-            if split == "train" and not entry.weight:
-                prepared[split].append(None)
-                continue
-            rows, name = entry.dataset.formatted_ds[split], f"{entry.name} {split}"
-            folder = tokenise(rows, tokenizer, chat_template, config.data.train_on, cache, name, workers)
-            prepared[split].append(str(folder))
         open_split(prepared, split, config.data)  # makes what the other processes open
     return prepared
+
+
+def rows_of(entries: list[Entry]):
+    """(which dataset, split, rows, their name in messages) of all that is read: no training split without weight."""
+    for split in ("train", "validation"):
+        for k, entry in enumerate(entries):
+            if entry.weight or split == "validation":
+                yield k, split, entry.dataset.formatted_ds[split], f"{entry.name} {split}"
 
 
 def open_split(prepared: dict, split: str, config) -> "Examples":

@@ -230,10 +230,7 @@ def main():
 
 def evaluate(options):
     cfg = configuration.from_command_line(with_config_of(options.model, options.arguments))
-    device, rank = torch.device("cpu"), int(os.environ.get("RANK", 0))
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+    rank, device = int(os.environ.get("RANK", 0)), modelling.take_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "TORCHELASTIC_RUN_ID" in os.environ:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(days=1))

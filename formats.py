@@ -285,9 +285,7 @@ def to_messages(row: dict, format: str) -> dict:
         raise ValueError(f"a row is an object of columns, not {type(row).__name__}")
     if missing := sorted(name for name in COLUMNS[format] if row.get(name) is None):
         raise ValueError(f"has no {', '.join(map(repr, missing))}, which a row of the format {format} has")
-    for name in NO_TEXT:
-        if row.get(name):
-            raise ValueError(f"has {name!r}: only text is trained here; leave such rows out")
+    refuse_other_than_text(row)
     convert = {
         "messages": lambda row: row["messages"],
         "prompt_completion": from_prompt_completion,
@@ -298,6 +296,12 @@ def to_messages(row: dict, format: str) -> dict:
     if tools := tools_of(row):
         converted["tools"] = tools
     return {**converted, **{name: row[name] for name in ("answers", "id") if row.get(name) is not None}}
+
+
+def refuse_other_than_text(row: dict):
+    for name in NO_TEXT:
+        if row.get(name):
+            raise ValueError(f"has {name!r}: only text is trained here; leave such rows out")
 
 
 def tools_of(row: dict):

@@ -113,6 +113,15 @@ AttentionInterface.register("document_varlen", varlen_attention)
 # ---- load ------------------------------------------------------------------------------------------------------------
 
 
+def take_device(local_rank: int) -> torch.device:
+    """This process's GPU, which it uses from here on, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
 def choose_attention(config, device: torch.device) -> str:
     """The attention of a `config.Model` on a device, by its name in transformers. Raises ValueError."""
     varlen = config.attention == "varlen" or (
@@ -244,12 +253,11 @@ class LoraLinear(torch.nn.Linear):
 def adapter_config(model, config) -> dict:
     """What PEFT writes into adapter_config.json, for the LoRA of a `config.Model`. Raises ValueError where a target is
     no linear layer of the model. https://huggingface.co/docs/peft/package_reference/lora"""
-    lora, head = config.lora, model.get_output_embeddings()
-    linear = [n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head]
+    lora, linear = config.lora, linear_layers(model)
     names = sorted({name.rpartition(".")[2] for name in linear})
     targets = names if lora.targets == "all-linear" else lora.targets
     for target in targets:
-        if not any(f".{name}".endswith(f".{target}") for name in linear):
+        if not any(is_called(name, target) for name in linear):
             raise ValueError(
                 f"model.lora.targets: {target!r} is no linear layer of this model that can be adapted; there are "
                 f"{', '.join(names) or 'none'}"
@@ -271,14 +279,25 @@ def adapter_config(model, config) -> dict:
     }
 
 
+def linear_layers(model) -> dict[str, torch.nn.Linear]:
+    """What can be adapted: all but the output layer, whose weight the loss takes by itself."""
+    head = model.get_output_embeddings()
+    return {
+        n: module for n, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
+    }
+
+
+def is_called(name: str, target: str) -> bool:
+    """Whether `target` is the full name of a module, or the last parts of it."""
+    return f".{name}".endswith(f".{target}")
+
+
 def add_adapter(model, adapter: dict):
     """Make `LoraLinear` of the linear layers that a PEFT configuration names; nothing else is trained."""
     model.requires_grad_(False)
-    head = model.get_output_embeddings()
-    for name, module in [*model.named_modules()]:
-        chosen = any(f".{name}".endswith(f".{target}") for target in adapter["target_modules"])
-        if chosen and isinstance(module, torch.nn.Linear) and module is not head:
-            scale = adapter["lora_alpha"] / adapter["r"]
+    scale = adapter["lora_alpha"] / adapter["r"]
+    for name, module in linear_layers(model).items():
+        if any(is_called(name, target) for target in adapter["target_modules"]):
             model.set_submodule(name, LoraLinear(module, adapter["r"], scale, adapter["lora_dropout"]))
     model.adapter_config = adapter
 
@@ -690,9 +709,14 @@ def export(empty, weights: dict, tokenizer, stop_ids: list[int], folder: Path):
         empty.tie_weights()
         empty.save_pretrained(folder)
         empty.to("meta")
+    check_files(folder)
+
+
+def check_files(folder: Path):
+    """Raises ValueError unless a model folder's weights are whole; lets those read them who may read the rest."""
     for name in weight_files(folder):
         check_size(folder / name)
-        shutil.copymode(folder / "tokenizer_config.json", folder / name)  # safetensors lets nobody else read it
+        shutil.copymode(folder / "tokenizer_config.json", folder / name)  # safetensors lets nobody else
 
 
 def weight_files(folder: Path) -> list[str]:

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import html
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -90,11 +89,12 @@ def preview(cfg, options, report: dict, samples: list):
         check_surroundings(cfg, report["world_size"])
 
     tokenizer = data.load_tokenizer(cfg)
+    entries, prepared = [], None
     try:
-        prepared = data.tokenise_splits(cfg, tokenizer, data.load_entries(cfg.data))
+        entries = data.load_entries(cfg.data)
+        prepared = data.tokenise_splits(cfg, tokenizer, entries)
     except ValueError as error:
-        report["problems"] += bad_rows(cfg, tokenizer) or [str(error)]
-        prepared = None
+        report["problems"] += bad_rows(cfg, tokenizer, entries) or [str(error)]
     sets, hashes = {}, {}
     if prepared:
         tokenizer.chat_template = prepared["chat_template"]
@@ -140,16 +140,12 @@ def check_surroundings(cfg, world_size: int):
         raise ValueError(f"output_dir = {cfg.output_dir!r}: {folder} cannot be written to")
 
 
-def bad_rows(cfg, tokenizer, most: int = 20) -> list[str]:
+def bad_rows(cfg, tokenizer, entries, most: int = 20) -> list[str]:
     """What is wrong with each of the first `most` rows that cannot be trained on, where the data can be read at all."""
     found = []
     with contextlib.suppress(ValueError, OSError):
-        entries = data.load_entries(cfg.data)
-        chat_template = data.choose_template(cfg, tokenizer, entries)
-        for entry, split in itertools.product(entries, ("train", "validation")):
-            if split == "train" and not entry.weight:
-                continue
-            rows, name = entry.dataset.formatted_ds[split], f"{entry.name} {split}"
+        chat_template = data.choose_template(cfg, tokenizer, entries) if entries else None
+        for _, _, rows, name in data.rows_of(entries):
             data.format_of(rows)
             for i in range(len(rows)):
                 try:

@@ -241,7 +241,6 @@ def prepare(cfg, rank: int, local_rank: int) -> Prepared:
     if local_rank == 0:
         entries = data.load_entries(cfg.data)
         prepared = data.tokenise_splits(cfg, tokenizer, entries)
-        prepared["stop_ids"] = data.find_stop_ids(tokenizer, data.open_split(prepared, "train", cfg.data))
         if store:
             store.set(name, json.dumps(prepared))
     else:
@@ -260,12 +259,12 @@ def prepare(cfg, rank: int, local_rank: int) -> Prepared:
                     f"({cfg.data.overlong}), {total['nothing_to_train']:,} with nothing to train left out"
                 )
         examples.check(split)
-    to_score = None
+    stop_ids, to_score = data.find_stop_ids(tokenizer, sets[0]), None
     if rank == 0:  # the others are told later: they may be too many for the store
         to_score, _ = evaluate.make_questions(
-            entries, tokenizer, tokenizer.chat_template, prepared["stop_ids"], cfg.validation.exact_match, True
+            entries, tokenizer, tokenizer.chat_template, stop_ids, cfg.validation.exact_match, True
         )
-    return Prepared(tokenizer, *sets, prepared["stop_ids"], to_score)
+    return Prepared(tokenizer, *sets, stop_ids, to_score)
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
@@ -276,10 +275,7 @@ def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | N
     rank, local_rank, world_size = ranks
     tokenizer, train_set, validation_set, stop_ids, to_score = prepared
     output_dir = Path(cfg.output_dir)
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
+    device = modelling.take_device(local_rank)
 
     watchdog.at("loading the model")
     start = checkpoint.step_of(folder) if folder else 0
@@ -295,7 +291,7 @@ def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | N
     with data.from_hub("model.name", cfg.model.name):
         gpu_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
         outline, strategy = None, "ddp"  # one process has nothing to shard
-        if world_size > 1:
+        if world_size > 1 and cfg.parallel.strategy != "ddp":
             outline = modelling.load(cfg.model, device, outline=True)
             strategy = modelling.choose_strategy(cfg.parallel.strategy, outline, world_size, gpu_bytes)
         # Sharded, rank 0 alone reads the weights, and each rank gets its share of them

@@ -17,16 +17,24 @@ from transformers import AutoModelForCausalLM
 ROOT = Path(__file__).parent.parent
 
 
-def run(tmp_path, *arguments, processes=1, expect=0, fault=None):
-    """Its output. Runs from the repository's folder, one thread a process; `fault`: see train_with_fault.py."""
+def script(name, *arguments, processes=1, expect=0, said=None, **environment):
+    """(standard output, standard error) of a script, from the repository's folder, one thread a process, without a Hub.
+    `said`: its standard input."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = command if processes > 1 else [sys.executable]
-    command += ["tests/train_with_fault.py" if fault else "train_sft.py", *arguments]
-    environment = {**os.environ, "HF_HOME": str(tmp_path.parent / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment["FAULT"] = fault or "-1:0:"
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    command = [*(command if processes > 1 else [sys.executable]), name, *map(str, arguments)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, input=said, capture_output=True, text=True, timeout=300
+    )  # fmt: skip
     assert done.returncode == expect, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    return done.stdout, done.stderr
+
+
+def run(tmp_path, *arguments, processes=1, expect=0, fault=None):
+    """All that a training says; `fault`: see train_with_fault.py."""
+    name, fault = ("tests/train_with_fault.py", fault) if fault else ("train_sft.py", "-1:0:")
+    home = str(tmp_path.parent / "hf")
+    return "".join(script(name, *arguments, processes=processes, expect=expect, HF_HOME=home, FAULT=fault))
 
 
 def metrics(output_dir, name="train/loss"):

@@ -1,13 +1,10 @@
 """Talking to a trained model, as a user does."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from running import ROOT
+from running import script
 from transformers import AutoTokenizer
 
 import chat
@@ -15,13 +12,7 @@ import evaluate
 
 
 def talk(model, *arguments, said="", expect=0):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "chat.py", str(model), *map(str, arguments)],
-        cwd=ROOT, env=environment, input=said, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == expect, done.stdout + done.stderr
-    return done.stdout if expect == 0 else done.stderr
+    return script("chat.py", model, *arguments, said=said, expect=expect)[0 if expect == 0 else 1]
 
 
 def test_a_chat_answers_through_the_trained_template_and_stops_where_the_turn_ends(memorised):

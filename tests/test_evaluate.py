@@ -1,30 +1,15 @@
 """Answers and their scores, by function and by the command."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
-from running import ROOT, metrics
+from running import metrics, script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
 
 import data
 import evaluate
 import model as modelling
-
-
-def command(memorised, *arguments, processes=1, expect=0):
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] * (processes > 1)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *start, "evaluate.py", *map(str, arguments)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == expect, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
 
 # What the official script of SQuAD 1.1 gives for (answer, references): exact match, F1
 OFFICIAL = [
@@ -61,8 +46,8 @@ def test_scores_are_means_over_all_and_over_each_dataset():
 def test_the_command_gives_the_same_scores_on_one_process_two_and_sharded(memorised, tmp_path):
     outputs = []
     for name, processes, override in [("one", 1, []), ("two", 2, []), ("fsdp", 2, ["parallel.strategy=fsdp"])]:
-        said = command(memorised, memorised, *override, "--batch-size", 1, "--output", tmp_path / name,
-                       processes=processes)  # fmt: skip
+        arguments = [memorised, *override, "--batch-size", 1, "--output", tmp_path / name]
+        said, _ = script("evaluate.py", *arguments, processes=processes)
         assert "4 questions of chats" in said and "exact_match 50.00 %\nf1 83.33 %" in said
         outputs.append((tmp_path / name).read_text())
     assert outputs[0] == outputs[1] == outputs[2]
@@ -96,8 +81,8 @@ def test_prompts_are_answered_aloud_with_the_reference_beside(memorised):
         (["configs/nowhere", "configs/quickstart.yaml"], "the model = 'configs/nowhere' could not be read"),
     ],
 )
-def test_what_cannot_be_evaluated_is_said_in_one_line(memorised, arguments, reason):
-    said = command(memorised, *arguments, expect=1)
+def test_what_cannot_be_evaluated_is_said_in_one_line(arguments, reason):
+    said = "".join(script("evaluate.py", *arguments, expect=1))
     assert reason in said and "Traceback" not in said
 
 

@@ -1,14 +1,12 @@
 """The report before the run, from the command line as a user gives it."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from running import script
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -21,14 +19,10 @@ QUICKSTART = ["configs/quickstart.yaml", "data.dataset=configs/quickstart/capita
 
 
 def run(tmp_path, *arguments, expect=0):
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "preview.py", *arguments, f"output_dir={tmp_path / 'out'}"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == expect, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout
+    arguments = [*arguments, f"output_dir={tmp_path / 'out'}"]
+    said, complained = script("preview.py", *arguments, expect=expect, HF_HOME=str(tmp_path / "hf"))
+    assert "Traceback" not in complained
+    return said
 
 
 def test_the_report_shows_what_is_trained_and_starts_nothing(tmp_path):
