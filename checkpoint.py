@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+import lora
 import model as modelling
 
 # One process is a good number; for all threads, as a filter cannot be set for one
@@ -251,7 +252,7 @@ def state_of(model, optimizer) -> dict:
     # Before all else: it has FSDP put back the shards that a forward pass left gathered
     kept = model.state_dict().keys()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}  # tied weights once
-    if modelling.has_adapter(model):  # what it stands beside is where it was read from
+    if lora.has_adapter(model):  # what it stands beside is where it was read from
         weights = {name: p.detach() for name, p in trained.items()}
     else:
         weights = {name: p.detach() for name, p in model.named_parameters()}
@@ -474,8 +475,8 @@ def read_weights(folder: Path) -> dict:
 def merge_model(adapter: Path, weights: dict | None, target: Path):
     """A model folder of a LoRA adapter's folder, in the dtype that its base is stored in. `weights`: the adapter's, in
     place of those that the folder has."""
-    model = modelling.open_saved(adapter, "auto", weights)
-    modelling.merge_adapter(model)
+    model = lora.open_adapter(Path(adapter), "auto", weights=weights)
+    lora.merge_adapter(model)
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(adapter).save_pretrained(target)
     modelling.check_files(target)

@@ -115,7 +115,7 @@ class Validation:
 class Parallel:
     strategy: str = key("auto", "auto: ddp where weights and optimizer fit, else fsdp", choices=["auto", "ddp", "fsdp"])
     replicas: int = key(1, "with fsdp: groups that each hold the whole model (hybrid sharding)", minimum=1)
-    context: int = key(1, "ranks that share one long sequence", minimum=1)
+    context: int = key(1, "ranks that share a row, so that each computes a part of a long conversation", minimum=1)
     cpu_offload: bool = key(False, "with fsdp on GPUs: weights and optimizer state in the machine's memory")
 
 
@@ -304,11 +304,8 @@ def check(config: Config):
         raise ValueError("validation.exact_match needs validation.every: there is no validation to score answers in")
     check_mixture(config.data)
     check_lora(config.model)
-    for name, asked, instead in [
-        ("parallel.context", config.parallel.context > 1, "1"),
-    ]:
-        if asked:
-            raise ValueError(f"{name}: is not implemented yet; set it to {instead}")
+    if config.parallel.context > 1 and config.model.attention == "eager":
+        raise ValueError("parallel.context > 1 needs model.attention=auto, sdpa or varlen, not eager")
     if config.parallel.strategy == "ddp" and (config.parallel.replicas > 1 or config.parallel.cpu_offload):
         raise ValueError("parallel.replicas and parallel.cpu_offload need parallel.strategy=fsdp")
 

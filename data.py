@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import formats
+import packing
 import templates
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -635,20 +636,25 @@ def fingerprint(rows) -> str:
 # ---- a packed row ----------------------------------------------------------------------------------------------------
 
 
-def collate(examples: Examples, row: list[int], device="cpu") -> dict:
+def collate(examples: Examples, row: list[int], device="cpu", part: int = 0, parts: int = 1) -> dict:
     """A packed row: documents one after the other.
 
     input_ids, position_ids (1, tokens) int64, positions that start at 0 in each document; document_ends: where each
     document ends, (documents,) int64, on the CPU; document_starts: 0 and the ends, (documents + 1,) int32; positions
     (supervised,) int64: where in the row a token has to be predicted that is trained; targets (supervised,) int64: that
     token. The first token of a document is never predicted. A row without documents is one token that trains nothing:
-    one target of -100.
+    one target of -100. Where `parts` ranks share the row, tokens and positions are those in the `part`-th slice of it.
     """
     none = np.array([templates.IGNORE_INDEX])
-    documents = [examples[i] for i in row] or [(np.zeros(1, dtype=np.int32), none)]
+    documents = [examples[i] for i in row]
+    missing = max(1, parts) - sum(len(ids) for ids, _ in documents)  # each rank has a token at least
+    documents += [(np.zeros(1, dtype=np.int32), none)] * max(0, missing)
     lengths = [len(ids) for ids, _ in documents]
     ends = np.cumsum(lengths).tolist()
-    labels = np.concatenate([part for _, labels in documents for part in (labels[1:], none)])
+    mine = packing.slice_of(ends[-1], part, parts)
+    input_ids = np.concatenate([ids for ids, _ in documents])[mine]
+    position_ids = np.concatenate([np.arange(length) for length in lengths])[mine]
+    labels = np.concatenate([shifted for _, labels in documents for shifted in (labels[1:], none)])[mine]
     positions = np.flatnonzero(labels != templates.IGNORE_INDEX)
     positions = positions if len(positions) else np.zeros(1, dtype=np.int64)
 
@@ -658,8 +664,8 @@ def collate(examples: Examples, row: list[int], device="cpu") -> dict:
         return made.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else made
 
     return {
-        "input_ids": tensor(np.concatenate([ids for ids, _ in documents]))[None],  # (1, tokens)
-        "position_ids": tensor(np.concatenate([np.arange(length) for length in lengths]))[None],  # (1, tokens)
+        "input_ids": tensor(input_ids)[None],  # (1, tokens)
+        "position_ids": tensor(position_ids)[None],  # (1, tokens)
         "document_ends": torch.tensor(ends),  # (documents,)
         "document_starts": tensor([0, *ends], torch.int32),  # (documents + 1,)
         "positions": tensor(positions),  # (supervised,)

@@ -1,7 +1,6 @@
-"""The model: load, attention within documents, LoRA, DDP and FSDP, loss, optimizer, export."""
+"""The model: load, DDP and FSDP, loss, optimizer, export."""
 
 import contextlib
-import hashlib
 import json
 import math
 import re
@@ -11,8 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from huggingface_hub import try_to_load_from_cache
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -22,92 +20,16 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
+
+import attention
+import lora
+import packing
 
 logging.disable_progress_bar()  # a bar per export says nothing; what matters is printed by train_sft.py
 
 IGNORE_INDEX = -100
-
-
-# ---- attention within documents --------------------------------------------------------------------------------------
-
-
-@torch.compiler.disable  # the number of documents is another one in each row
-def document_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """Causal attention of each document of a packed row to itself, SDPA called once per document.
-
-    query (1, heads, tokens, head_dim); key and value with as many heads or fewer; document_ends: int64, CPU. Returns
-    (1, tokens, heads, head_dim). Without document_ends the row is one document. Registered with transformers.
-    """
-    window = kwargs.get("sliding_window")
-    tokens = query.shape[2]
-    ends = ends_of_documents(kwargs, tokens)
-    lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-    refuse_unknown(module, kwargs, max(lengths))
-    outputs = []
-    # (split: the gradient of slices would be a whole row of zeros for each document)
-    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
-        mask, length = None, q.shape[2]  # q (1, heads, length, head_dim)
-        if window is not None and length > window:
-            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=mask,
-                is_causal=mask is None,
-                dropout_p=dropout,
-                scale=scaling,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
-        )
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
-
-
-@torch.compiler.disable
-def varlen_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """As `document_attention`, in one call of torch's variable-length flash attention: CUDA, bfloat16."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    if dropout:
-        raise ValueError("this model has attention dropout, which varlen does not; set model.attention=sdpa")
-    tokens, window = query.shape[2], kwargs.get("sliding_window")
-    ends = ends_of_documents(kwargs, tokens)
-    starts = kwargs.get("document_starts")
-    if starts is None:
-        starts = torch.tensor([0, *ends], dtype=torch.int32, device=query.device)
-    longest = max(end - start for start, end in zip([0, *ends], ends, strict=False))
-    refuse_unknown(module, kwargs, longest)
-    if key.shape[1] != query.shape[1]:
-        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, head_dim)
-    window_size = (window - 1 if window else -1, 0)
-    output = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=window_size)
-    return output[None], None
-
-
-def ends_of_documents(kwargs, tokens: int) -> list[int]:
-    ends = kwargs.get("document_ends")
-    return [tokens] if ends is None else ends.tolist()
-
-
-def refuse_unknown(module, kwargs, longest: int):
-    """Raises ValueError where a model asks for more than causal attention of documents of up to `longest` tokens."""
-    chunk = getattr(getattr(module, "config", None), "attention_chunk_size", None)
-    if chunk and longest > chunk:
-        raise ValueError(
-            f"{type(module).__name__} attends in chunks of {chunk:,} tokens, and a document has {longest:,}: set "
-            "data.max_seq_length to as many, or model.attention=eager"
-        )
-    for name in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"{type(module).__name__} needs {name}, which only model.attention=eager computes")
-
-
-AttentionInterface.register("document_sdpa", document_attention)
-AttentionInterface.register("document_varlen", varlen_attention)
 
 
 # ---- load ------------------------------------------------------------------------------------------------------------
@@ -122,16 +44,6 @@ def take_device(local_rank: int) -> torch.device:
     return device
 
 
-def choose_attention(config, device: torch.device) -> str:
-    """The attention of a `config.Model` on a device, by its name in transformers. Raises ValueError."""
-    varlen = config.attention == "varlen" or (
-        config.attention == "auto" and device.type == "cuda" and config.dtype == "bfloat16"
-    )
-    if varlen and (device.type != "cuda" or config.dtype != "bfloat16"):
-        raise ValueError("model.attention=varlen needs CUDA and model.dtype=bfloat16; auto chooses what fits")
-    return "eager" if config.attention == "eager" else "document_varlen" if varlen else "document_sdpa"
-
-
 def load(config, device: torch.device, outline: bool = False) -> torch.nn.Module:
     """The model of a `config.Model`, on the CPU; random weights are the same on every rank (caller seeds). Trained
     weights are float32. `outline`: without weights (on the meta device)."""
@@ -140,16 +52,16 @@ def load(config, device: torch.device, outline: bool = False) -> torch.nn.Module
             f"model.name = {config.name!r} is a LoRA adapter; add it to its base first: python checkpoint.py "
             f"{config.name} A-FOLDER, and name that"
         )
-    attention = choose_attention(config, device)
+    implementation = attention.choose(config, device)
     if config.from_scratch or outline:
         model_config = AutoConfig.from_pretrained(config.name, revision=config.revision)
         with torch.device("meta" if outline else "cpu"):
             model = AutoModelForCausalLM.from_config(
-                model_config, dtype=base_dtype(config), attn_implementation=attention
+                model_config, dtype=base_dtype(config), attn_implementation=implementation
             )
     else:
         model = AutoModelForCausalLM.from_pretrained(
-            config.name, revision=config.revision, dtype=base_dtype(config), attn_implementation=attention
+            config.name, revision=config.revision, dtype=base_dtype(config), attn_implementation=implementation
         )
         head, tied = model.get_output_embeddings(), model.config.get_text_config().tie_word_embeddings
         if tied and head is not None and head.weight is not model.get_input_embeddings().weight:
@@ -161,6 +73,13 @@ def load(config, device: torch.device, outline: bool = False) -> torch.nn.Module
     return model
 
 
+def open_saved(name: str, dtype, implementation: str = "sdpa"):
+    """The model of a folder or of the Hub, for answering; of an adapter's folder, its base with the adapter."""
+    if (Path(name) / "adapter_config.json").is_file():
+        return lora.open_adapter(Path(name), dtype, implementation)
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=implementation).eval()
+
+
 def base_dtype(config) -> torch.dtype:
     """Of the weights of a `config.Model`, but for an adapter's."""
     return getattr(torch, config.lora.base_dtype or config.dtype) if config.lora.rank else torch.float32
@@ -168,7 +87,7 @@ def base_dtype(config) -> torch.dtype:
 
 def prepare_for_training(model, config):
     if config.lora.rank:
-        add_adapter(model, adapter_config(model, config))
+        lora.add_adapter(model, lora.adapter_config(model, config))
     model.config.use_cache = False
     model.train()
     if config.activation_checkpointing:
@@ -214,169 +133,26 @@ def keeps_documents_apart(model, dtype: torch.dtype) -> bool:
     )
 
 
-# ---- LoRA ------------------------------------------------------------------------------------------------------------
-
-
-# Of an adapter's configuration, what is read here, and what does not change what is computed
-PEFT_KEYS = (
-    "peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "bias",
-    "target_modules", "inference_mode", "init_lora_weights", "auto_mapping", "peft_version", "megatron_core",
-    "qalora_group_size", "runtime_config",
-)  # fmt: skip
-
-
-class LoraLinear(torch.nn.Linear):
-    """A linear layer whose weight stays as it is, plus a trained matrix of low rank: `x W' + scale dropout(x) A' B'`
-    (Hu et al., 2021, https://arxiv.org/abs/2106.09685). lora_A (rank, in_features), lora_B (out_features, rank), zeros
-    at first; float32."""
-
-    def __init__(self, linear: torch.nn.Linear, rank: int, scale: float, dropout: float):
-        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        self.weight, self.bias, self.scale = linear.weight, linear.bias, scale
-        self.dropout = torch.nn.Dropout(dropout)
-        options = {"device": linear.weight.device, "dtype": torch.float32}
-        self.lora_A = torch.nn.Parameter(torch.empty(rank, linear.in_features, **options))
-        self.lora_B = torch.nn.Parameter(torch.zeros(linear.out_features, rank, **options))
-        torch.nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-
-    def forward(self, x):  # (..., in_features)
-        low = self.scale * F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., rank)
-        return super().forward(x) + F.linear(low, self.lora_B.to(x.dtype))  # (..., out_features)
-
-    def merged(self) -> torch.nn.Linear:
-        linear = torch.nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        weight = self.weight.float() + self.scale * (self.lora_B.float() @ self.lora_A.float())
-        linear.weight, linear.bias = torch.nn.Parameter(weight.to(self.weight.dtype)), self.bias
-        return linear
-
-
-def adapter_config(model, config) -> dict:
-    """What PEFT writes into adapter_config.json, for the LoRA of a `config.Model`. Raises ValueError where a target is
-    no linear layer of the model. https://huggingface.co/docs/peft/package_reference/lora"""
-    lora, linear = config.lora, linear_layers(model)
-    names = sorted({name.rpartition(".")[2] for name in linear})
-    targets = names if lora.targets == "all-linear" else lora.targets
-    for target in targets:
-        if not any(is_called(name, target) for name in linear):
-            raise ValueError(
-                f"model.lora.targets: {target!r} is no linear layer of this model that can be adapted; there are "
-                f"{', '.join(names) or 'none'}"
-            )
-    if not targets:
-        raise ValueError(f"model.lora.rank = {lora.rank}: {config.name} has no linear layers (torch.nn.Linear)")
-    folder = Path(config.name)
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(folder.absolute()) if folder.is_dir() else config.name,
-        "revision": adapter_revision(config),
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": lora.dropout,
-        "target_modules": targets,
-        "bias": "none",
-        "inference_mode": True,
-    }
-
-
-def linear_layers(model) -> dict[str, torch.nn.Linear]:
-    """What can be adapted: all but the output layer, whose weight the loss takes by itself."""
-    head = model.get_output_embeddings()
-    return {
-        n: module for n, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
-    }
-
-
-def is_called(name: str, target: str) -> bool:
-    """Whether `target` is the full name of a module, or the last parts of it."""
-    return f".{name}".endswith(f".{target}")
-
-
-def add_adapter(model, adapter: dict):
-    """Make `LoraLinear` of the linear layers that a PEFT configuration names; nothing else is trained."""
-    model.requires_grad_(False)
-    scale = adapter["lora_alpha"] / adapter["r"]
-    for name, module in linear_layers(model).items():
-        if any(is_called(name, target) for target in adapter["target_modules"]):
-            model.set_submodule(name, LoraLinear(module, adapter["r"], scale, adapter["lora_dropout"]))
-    model.adapter_config = adapter
-
-
-def has_adapter(model) -> bool:
-    return hasattr(model, "adapter_config")
-
-
-def merge_adapter(model):
-    """The adapter added to the weights that it stands beside."""
-    for name, module in [*model.named_modules()]:
-        if isinstance(module, LoraLinear):
-            model.set_submodule(name, module.merged())
-    del model.adapter_config
-
-
-def identity(config) -> str:
-    """Changes when the weights that a `config.Model` names do: of the Hub the commit, of a folder a hash of its weight
-    files (a second for a GB or two)."""
-    folder = Path(config.name)
-    if not folder.is_dir():
-        return adapter_revision(config) or "unknown"
-    digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        with open(path, "rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
-
-
-def adapter_revision(config) -> str | None:
-    """The commit of the Hub that a `config.Model` was read from, whatever comes after it; of a folder its revision."""
-    if Path(config.name).is_dir():
-        return config.revision
-    cached = try_to_load_from_cache(config.name, "config.json", revision=config.revision)
-    return Path(cached).parent.name if isinstance(cached, str) else config.revision
-
-
-def open_saved(name: str, dtype, adapter_weights: dict | None = None, attention: str = "sdpa"):
-    """The model of a folder or of the Hub, for answering. A folder with a LoRA adapter: its base with the adapter,
-    whose weights may be given. Raises ValueError where it is an adapter of another kind, or its base is gone."""
-    path = Path(name) / "adapter_config.json"
-    if not path.is_file():
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention).eval()
-    adapter = json.loads(path.read_text(encoding="utf-8"))
-    others = [key for key, value in adapter.items() if value and key not in PEFT_KEYS]
-    others += ["bias"] * (adapter.get("bias", "none") != "none")
-    if not isinstance(adapter.get("init_lora_weights", True), bool):
-        others.append("init_lora_weights")  # such as PiSSA's, which changes the base
-    if adapter.get("peft_type") != "LORA" or others or not isinstance(adapter.get("target_modules"), list):
-        raise ValueError(f"{path}: only plain LoRA adapters with a list of target_modules are read here {others}")
-    base, revision = adapter["base_model_name_or_path"], adapter.get("revision")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            base, revision=revision, dtype=dtype, attn_implementation=attention
-        )
-    except (OSError, ValueError) as error:
+@torch.no_grad()
+def check_context(model, group, dtype: torch.dtype):
+    """Raises ValueError unless the ranks that share a row get the logits that one alone gets: measured, as above."""
+    model.eval()
+    rank, ranks, tokens = dist.get_rank(group), dist.get_world_size(group), 40
+    vocabulary, generator = model.get_input_embeddings().num_embeddings, torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (1, tokens), generator=generator).to(model.device)
+    positions, ends = torch.arange(tokens, device=model.device)[None], torch.tensor([tokens])
+    mine = packing.slice_of(tokens, rank, ranks)
+    whole = model(ids, position_ids=positions, document_ends=ends, use_cache=False).logits[:, mine].float()
+    ids, positions = ids[:, mine], positions[:, mine]
+    part = model(ids, position_ids=positions, document_ends=ends, context_group=group, use_cache=False).logits.float()
+    model.train()
+    off = (part - whole).abs().max() / whole.abs().max()
+    dist.all_reduce(off, dist.ReduceOp.MAX)
+    if not off <= (1e-4 if dtype == torch.float32 else 0.03):
         raise ValueError(
-            f"{path}: its base_model_name_or_path = {base!r} cannot be read ({' '.join(str(error).split())[:200]}); "
-            "bring it back, or name where it is now"
-        ) from None
-    add_adapter(model, adapter)
-    weights = adapter_weights
-    if weights is None:
-        weights = load_file(path.with_name("adapter_model.safetensors"))
-        weights = {inner_name(name): value for name, value in weights.items()}
-    if weights.keys() != {name for name, p in model.named_parameters() if p.requires_grad}:
-        raise ValueError(f"{path.parent} does not hold the weights of the layers that its adapter_config.json names")
-    model.load_state_dict(weights, strict=False)
-    if (path.parent / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path.parent)
-    return model.eval()
-
-
-def peft_name(name: str) -> str:
-    return f"base_model.model.{name}.weight"
-
-
-def inner_name(name: str) -> str:
-    return name.removeprefix("base_model.model.").removesuffix(".weight")
+            f"parallel.context = {ranks}: in this model tokens meet outside its attention (logits are off by {off:.0%} "
+            "where ranks share a row); set parallel.context=1"
+        )
 
 
 # ---- parallel --------------------------------------------------------------------------------------------------------
@@ -406,14 +182,21 @@ def blocks(model) -> torch.nn.ModuleList:
     return max(lists, key=lambda module: sum(p.numel() for p in module.parameters()))
 
 
-def parallelise(model, config, strategy: str, world_size: int, device: torch.device):
+def make_context_group(context: int, world_size: int):
+    """The ranks that share rows with this one, neighbours; None where each has its own. Raises ValueError."""
+    if world_size % context:
+        raise ValueError(f"parallel.context = {context} does not divide the {world_size} processes")
+    return dist.new_subgroups(context)[0] if context > 1 else None
+
+
+def parallelise(model, config, strategy: str, world_size: int, device: torch.device, context_group=None):
     """(the `PackedLoss` to call, or DDP around it; the model in it, which holds the weights). With fsdp, ranks but the
     first need no weights of their own (an outline): they get those of rank 0, a block at a time."""
     if strategy == "fsdp":
         plain, ties = follow_rank_0(model)
     else:
         plain = has_plain_head(model.to(device))
-    loss = PackedLoss(model, plain, config.model.compile)
+    loss = PackedLoss(model, plain, config.model.compile, context_group)
     if config.model.compile:
         for block in blocks(model):
             block.compile(dynamic=True)
@@ -511,12 +294,13 @@ def precision(config, strategy: str, device: torch.device):
 class PackedLoss(torch.nn.Module):
     """Called with a packed row (`data.collate`): the sum of its token losses, a float32 scalar. The output layer runs
     at supervised positions alone; a row with none gives a zero that still reaches every weight. `plain_head`: see
-    `has_plain_head`.
+    `has_plain_head`; `context_group`: the ranks that share the row, each with its part of it and of the loss.
     """
 
-    def __init__(self, model, plain_head: bool, compiled: bool = False):
+    def __init__(self, model, plain_head: bool, compiled: bool = False, context_group=None):
         super().__init__()
         self.model, self.plain_head, self.positions, self.tokens = model, plain_head, None, 0
+        self.context = {} if context_group is None else {"context_group": context_group}
         computed_again = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         if plain_head and not computed_again and not compiled:
             # What the last block makes of the other positions behind its attention, nobody reads. (A block that is
@@ -529,7 +313,7 @@ class PackedLoss(torch.nn.Module):
 
     def forward(self, batch: dict) -> torch.Tensor:
         names = ("input_ids", "position_ids", "document_ends", "document_starts")
-        arguments = {name: batch[name] for name in names}
+        arguments = {name: batch[name] for name in names} | self.context
         positions, targets = batch["positions"], batch["targets"]  # (supervised,)
         if self.plain_head:
             self.positions, self.tokens = positions, batch["input_ids"].shape[1]
@@ -608,7 +392,8 @@ class HeadLoss(torch.autograd.Function):
 def has_plain_head(model) -> bool:
     """Whether the model's logits are its last hidden states times the output weights, with no scale, cap or bias after
     them: measured."""
-    attention, head, was_training = model.config._attn_implementation, model.get_output_embeddings(), model.training
+    implementation, was_training = model.config._attn_implementation, model.training
+    head = model.get_output_embeddings()
     model.eval()
     model.set_attn_implementation("eager")  # the head is looked at, on any device
     hook = head.register_forward_hook(lambda module, arguments, output: output * 1000)  # a cap shows on large logits
@@ -616,7 +401,7 @@ def has_plain_head(model) -> bool:
     hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     logits = model(input_ids=ids, use_cache=False).logits
     hook.remove()
-    model.set_attn_implementation(attention)
+    model.set_attn_implementation(implementation)
     model.train(was_training)
     plain = 1000 * (hidden @ head.weight.T)
     tolerance = {"rtol": 1e-3, "atol": 1e-4 * float(logits.abs().max())}
@@ -683,7 +468,7 @@ def skeleton(config, generation_config, dtype: torch.dtype, adapter: dict | None
     empty.generation_config.update(**generation_config.to_diff_dict())
     if adapter:
         with torch.device("meta"):
-            add_adapter(empty, adapter)
+            lora.add_adapter(empty, adapter)
     return empty
 
 
@@ -700,9 +485,12 @@ def export(empty, weights: dict, tokenizer, stop_ids: list[int], folder: Path):
     generation.eos_token_id = stop_ids if len(stop_ids) > 1 else stop_ids[0]
     generation.pad_token_id = generation.pad_token_id if generation.pad_token_id is not None else stop_ids[0]
     tokenizer.save_pretrained(folder)
-    if has_adapter(empty):
-        (folder / "adapter_config.json").write_text(json.dumps(empty.adapter_config, indent=2) + "\n", encoding="utf-8")
-        save_file({peft_name(name): value for name, value in weights.items()}, folder / "adapter_model.safetensors")
+    if lora.has_adapter(empty):
+        adapter = json.dumps(empty.adapter_config, indent=2) + "\n"
+        (folder / "adapter_config.json").write_text(adapter, encoding="utf-8")
+        save_file(
+            {lora.peft_name(name): value for name, value in weights.items()}, folder / "adapter_model.safetensors"
+        )
         generation.save_pretrained(folder)
     else:
         empty.load_state_dict(weights, assign=True, strict=False)

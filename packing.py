@@ -106,6 +106,11 @@ def pack(indices, lengths, world_size: int, max_tokens: int) -> list[list[list[i
     return [[sorted(turn[rank]) for turn in turns] for rank in range(world_size)]
 
 
+def slice_of(tokens: int, part: int, parts: int) -> slice:
+    """Which tokens of a row of `tokens` are the `part`-th rank's of the `parts` that share it, from 0."""
+    return slice(tokens * part // parts, tokens * (part + 1) // parts)
+
+
 def cost(row: list[int], lengths) -> float:
     """Work of a row in tokens: attention grows with the square of a document; it equals the rest at some 8k tokens."""
     return sum(float(lengths[i]) * (1 + float(lengths[i]) / 8192) for i in row)

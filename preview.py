@@ -21,6 +21,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import attention
 import checkpoint
 import config as configuration
 import data
@@ -287,12 +288,12 @@ def memory(cfg, tokenizer, world_size: int, gpu_gib: float, row: dict) -> dict:
         model_config = AutoConfig.from_pretrained(cfg.model.name, revision=cfg.model.revision)
     tokens = max(1, row["largest_row_tokens"])
     supervised = row.get("largest_row_supervised", tokens)
-    attention = modelling.choose_attention(cfg.model, torch.device("cuda"))
-    if attention == "document_varlen":
-        attention = "document_sdpa"  # keeps the same tensors, and runs without a GPU
+    implementation = attention.choose(cfg.model, torch.device("cuda"))
+    if implementation == "document_varlen":
+        implementation = "document_sdpa"  # keeps the same tensors, and runs without a GPU
     with FakeTensorMode():
         base_dtype = modelling.base_dtype(cfg.model)
-        model = AutoModelForCausalLM.from_config(model_config, dtype=base_dtype, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(model_config, dtype=base_dtype, attn_implementation=implementation)
         modelling.check_vocabulary(model, tokenizer)
         modelling.prepare_for_training(model, cfg.model)
         vocabulary = model.get_input_embeddings().num_embeddings
@@ -304,7 +305,7 @@ def memory(cfg, tokenizer, world_size: int, gpu_gib: float, row: dict) -> dict:
         dtype = modelling.compute_dtype(cfg)
         size = dtype.itemsize  # bytes a number in forward and backward
         if sharded:  # FSDP casts the weights, elsewhere autocast does
-            model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=attention)
+            model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=implementation)
             modelling.prepare_for_training(model, cfg.model)
         activations = saved_bytes(model, tokens, supervised, None if sharded else dtype)
 

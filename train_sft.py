@@ -8,6 +8,7 @@ import contextlib
 import copy
 import datetime
 import fcntl
+import functools
 import json
 import math
 import os
@@ -27,6 +28,7 @@ import checkpoint
 import config as configuration
 import data
 import evaluate
+import lora
 import model as modelling
 import packing
 from tracking import Tracker
@@ -298,11 +300,13 @@ def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | N
         torch.manual_seed(cfg.seed)
         model = outline if strategy == "fsdp" and rank > 0 else modelling.load(cfg.model, device)
     modelling.check_vocabulary(model, tokenizer)
-    max_tokens = cfg.train.max_tokens_per_micro_batch
-    parallel_model, model = modelling.parallelise(model, cfg, strategy, world_size, device)
+    context = cfg.parallel.context
+    group = modelling.make_context_group(context, world_size)
+    parallel_model, model = modelling.parallelise(model, cfg, strategy, world_size, device, group)
+    autocast = modelling.precision(cfg, strategy, device)
     optimizer = modelling.make_optimizer(model, cfg.train)
     adapter = getattr(model, "adapter_config", None)
-    base = [modelling.identity(cfg.model) if adapter and rank == 0 else None]
+    base = [lora.identity(cfg.model) if adapter and rank == 0 else None]
     if world_size > 1:
         dist.broadcast_object_list(base)
     if folder:
@@ -312,12 +316,20 @@ def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | N
     writer = checkpoint.Writer(
         output_dir, cfg.checkpoint.keep, cfg.checkpoint.async_save, rank, empty, copy.deepcopy(tokenizer), stop_ids
     )
-    with modelling.precision(cfg, strategy, device):
+    with autocast:
         apart = modelling.keeps_documents_apart(model, modelling.compute_dtype(cfg))
-    if not apart:
-        max_tokens = 1
-        if rank == 0:
-            print("packed documents would see each other in this model: each row holds one document")
+        if group:
+            modelling.check_context(model, group, modelling.compute_dtype(cfg))
+    if not apart and rank == 0:
+        print("packed documents would see each other in this model: each row holds one document")
+
+    def rows_of(chosen, lengths) -> list[list[int]]:
+        """This rank's rows, which it shares with the others of its group."""
+        most = context * cfg.train.max_tokens_per_micro_batch if apart else 1
+        return packing.pack(chosen, lengths, world_size // context, most)[rank // context]
+
+    def collate(examples, row) -> dict:
+        return data.collate(examples, row, device, rank % context, context)
 
     tracker = None
     if rank == 0:
@@ -332,9 +344,7 @@ def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | N
     # Each dataset in rows of its own, so that it has a loss of its own
     parts = [part[: cfg.validation.max_examples] for part in validation_set.parts()]
     validation_rows = [
-        (k, row)
-        for k, part in enumerate(parts)
-        for row in packing.pack(np.array(part), validation_set.lengths, world_size, max_tokens)[rank]
+        (k, row) for k, part in enumerate(parts) for row in rows_of(np.array(part), validation_set.lengths)
     ]
 
     to_show = [
@@ -351,10 +361,10 @@ def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | N
     def validate(step: int):
         model.eval()
         sums = torch.zeros(len(parts), dtype=torch.float64, device=device)
-        with torch.no_grad(), modelling.precision(cfg, strategy, device):
+        with torch.no_grad(), autocast:
             for i, (k, row) in enumerate(validation_rows):
                 watchdog.at(f"validation row {i + 1} of {len(validation_rows)}")
-                sums[k] += parallel_model(data.collate(validation_set, row, device))
+                sums[k] += parallel_model(collate(validation_set, row))
         model.train()
         sums = all_sum(sums).tolist()
         tokens = [int(validation_set.supervised[part.start : part.stop].sum()) for part in parts]
@@ -363,7 +373,7 @@ def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | N
         figures = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700)), "val/supervised_tokens": sum(tokens)}
         if len(parts) > 1:
             figures |= {f"val/loss/{n}": s / t for n, s, t in zip(validation_set.names, sums, tokens, strict=True)}
-        with modelling.precision(cfg, strategy, device):
+        with autocast:
             if to_score and step in (0, steps):
                 scores = evaluate.score(to_score, answered(to_score), validation_set.names)
                 figures |= {f"val/{name}": value for name, value in scores.items()}
@@ -385,7 +395,7 @@ def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | N
     if isinstance(parallel_model, DistributedDataParallel):
         # DDP cuts its buckets anew after its first backward pass, and sums then round otherwise: a pass over an empty
         # row, which changes nothing, so that the first step of a start is computed as it is in the middle of a run
-        forward_backward(cfg, parallel_model, strategy, train_set, [[]], 1, world_size, device)
+        forward_backward(parallel_model, [[]], functools.partial(collate, train_set), autocast, 1.0)
         optimizer.zero_grad(set_to_none=True)
     watchdog.may_stop_at_once = False
     slowest = 0.0  # seconds of a step with all that follows it
@@ -394,13 +404,14 @@ def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | N
         writer.done()  # raises where the disk is full
         # Which conversations, and in which rows: the same plan on every rank, from (seed, step) alone
         chosen = packing.step_examples(train_set.counts, step, cfg.seed, batch_size, train_set.weights)
-        rows = packing.pack(chosen, train_set.lengths, world_size, max_tokens)[rank]
+        rows = rows_of(chosen, train_set.lengths)
         supervised = int(train_set.supervised[chosen].sum())
         tokens = int(train_set.lengths[chosen].sum())
         torch.manual_seed((cfg.seed * 1_000_003 + step) * 65_537 + rank)  # dropout: from (seed, step, rank)
 
+        # Gradients are averaged over ranks, so their sum over the global count needs the factor world_size
         losses = forward_backward(
-            cfg, parallel_model, strategy, train_set, rows, supervised, world_size, device, watchdog.at
+            parallel_model, rows, functools.partial(collate, train_set), autocast, world_size / supervised, watchdog.at
         )
         grad_norm = clip(model, cfg.train.clip_grad_norm)
 
@@ -462,28 +473,17 @@ def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | N
     barrier()
 
 
-def forward_backward(
-    cfg,
-    parallel_model,
-    strategy,
-    examples,
-    rows,
-    supervised: int,
-    world_size: int,
-    device,
-    note_place=lambda place: None,
-):
-    """Add the gradients of a step's loss, `supervised` tokens over all ranks, from this rank's rows. Returns the summed
-    token losses of each row, float64 (rows,). `note_place` is told which row comes next."""
+def forward_backward(parallel_model, rows, collate, autocast, scale: float, note_place=lambda place: None):
+    """Add the gradients of `scale` times the token losses of this rank's rows, which `collate` makes batches of.
+    Returns the summed token losses of each row, float64 (rows,). `note_place` is told which row comes next."""
     losses = []
     for i, row in enumerate(rows):
         note_place(f"row {i + 1} of {len(rows)}")
-        more = strategy == "ddp" and world_size > 1 and i < len(rows) - 1
+        more = isinstance(parallel_model, DistributedDataParallel) and i < len(rows) - 1
         with parallel_model.no_sync() if more else contextlib.nullcontext():
-            with modelling.precision(cfg, strategy, device):
-                loss = parallel_model(data.collate(examples, row, device))
-            # Gradients are averaged over ranks, so their sum over the global count needs the factor world_size
-            (loss * world_size / supervised).backward()
+            with autocast:
+                loss = parallel_model(collate(row))
+            (loss * scale).backward()
         losses.append(loss.detach().double())
     return torch.stack(losses)
 
@@ -518,7 +518,7 @@ def name_the_broken(step, loss, grad_norm, rows, losses, train_set, world_size):
     if world_size > 1:
         gathered = [None] * world_size
         dist.all_gather_object(gathered, (broken, everything))
-    named = [i for part, _ in gathered for i in part] or [i for _, part in gathered for i in part]
+    named = {i for part, _ in gathered for i in part} or {i for _, part in gathered for i in part}
     names = [
         f"{train_set.names[train_set.part_of(i)]} " if len(train_set.names) > 1 else "" for i in sorted(named)[:20]
     ]

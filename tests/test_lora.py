@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
 import config
+import lora
 import model as modelling
 
 PROMPT = "What is the capital of France? The capital of France is Paris."
@@ -54,7 +55,7 @@ def logits(model, tokenizer):
 
 def test_a_lora_layer_adds_a_scaled_product_of_two_small_matrices_and_trains_them_alone():
     linear = torch.nn.Linear(5, 3)
-    layer = modelling.LoraLinear(linear, rank=2, scale=4.0, dropout=0.0)
+    layer = lora.LoraLinear(linear, rank=2, scale=4.0, dropout=0.0)
     linear.weight.requires_grad_(False)
     x = torch.randn(7, 5)
     assert torch.equal(layer(x), linear(x))  # B is zero at first
@@ -73,12 +74,12 @@ def test_all_linear_is_all_but_the_output_layer_and_names_choose(base):
 
     model = adapted("all-linear")
     names = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    chosen = {name for name, module in model.named_modules() if isinstance(module, modelling.LoraLinear)}
+    chosen = {name for name, module in model.named_modules() if isinstance(module, lora.LoraLinear)}
     assert names - chosen == {"lm_head"}
     assert {p for p in model.parameters() if p.requires_grad} == {
         p for name, p in model.named_parameters() if "lora_" in name}  # fmt: skip
     model = adapted("[q_proj, layers.0.mlp.up_proj]")
-    chosen = {name for name, module in model.named_modules() if isinstance(module, modelling.LoraLinear)}
+    chosen = {name for name, module in model.named_modules() if isinstance(module, lora.LoraLinear)}
     layers = range(model.config.num_hidden_layers)
     assert chosen == {f"model.layers.{i}.self_attn.q_proj" for i in layers} | {"model.layers.0.mlp.up_proj"}
     for wrong in ("[qproj]", "[lm_head]", "[embed_tokens]"):
@@ -89,7 +90,7 @@ def test_all_linear_is_all_but_the_output_layer_and_names_choose(base):
 def test_the_saved_adapter_is_the_trained_one_and_holds_nothing_of_the_base(trained, base):
     weights = load_file(trained / "model/adapter_model.safetensors")
     state = checkpoint.read_weights(trained / "checkpoints/step_00000004")
-    assert {modelling.peft_name(name): value.tolist() for name, value in state.items()} == {
+    assert {lora.peft_name(name): value.tolist() for name, value in state.items()} == {
         name: value.tolist() for name, value in weights.items()}  # fmt: skip
     assert all("lora_" in name for name in weights) and any(w.abs().sum() for n, w in weights.items() if "lora_B" in n)
     assert json.loads((trained / "model/adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
@@ -177,7 +178,7 @@ def test_an_adapter_that_peft_made_gives_the_logits_that_peft_gave():
     with torch.no_grad():
         logits = model(torch.tensor([wanted["input_ids"]])).logits[0, -3:]
     torch.testing.assert_close(logits, torch.tensor(wanted["logits"]), rtol=1e-4, atol=1e-5)
-    ours = {modelling.peft_name(name) for name, p in model.named_parameters() if p.requires_grad}
+    ours = {lora.peft_name(name) for name, p in model.named_parameters() if p.requires_grad}
     assert ours == set(load_file(adapter / "adapter_model.safetensors"))
 
 

@@ -1,3 +1,5 @@
+import contextlib
+import functools
 import json
 import math
 
@@ -8,6 +10,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     AutoTokenizer,
     BloomConfig,
@@ -19,6 +22,7 @@ from transformers import (
     Qwen3Config,
 )
 
+import attention
 import config
 import data
 import model as modelling
@@ -53,9 +57,8 @@ def gradients(rows_of_ranks, rank, world_size, examples):
     model = tiny_llama()
     loss = modelling.PackedLoss(model, plain_head=True)
     parallel = DistributedDataParallel(loss) if world_size > 1 else loss
-    train_sft.forward_backward(
-        CFG, parallel, "ddp", examples, rows_of_ranks[rank], int(examples.supervised.sum()), world_size, CPU
-    )
+    collate, scale = functools.partial(data.collate, examples), world_size / int(examples.supervised.sum())
+    train_sft.forward_backward(parallel, rows_of_ranks[rank], collate, contextlib.nullcontext(), scale)
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
@@ -163,10 +166,10 @@ def test_documents_are_kept_apart_and_a_leak_is_found():
 
 
 def leaking(module, query, key, value, attention_mask, **kwargs):
-    return modelling.document_attention(module, query, key, value, None, **{**kwargs, "document_ends": None})
+    return attention.document_sdpa(module, query, key, value, None, **{**kwargs, "document_ends": None})
 
 
-modelling.AttentionInterface.register("sdpa_leaking", leaking)
+AttentionInterface.register("sdpa_leaking", leaking)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -194,15 +197,6 @@ def test_norms_and_biases_have_no_weight_decay():
     groups = modelling.make_optimizer(tiny_llama(), CFG.train).param_groups
     assert all(p.ndim < 2 for group in groups if group["weight_decay"] == 0 for p in group["params"])
     assert all(p.ndim >= 2 for group in groups if group["weight_decay"] > 0 for p in group["params"])
-
-
-def test_a_document_longer_than_a_models_attention_chunk_is_refused():
-    query = torch.zeros(1, 2, 6, 4)
-    module = torch.nn.Module()
-    module.config = LlamaConfig(attention_chunk_size=5)
-    modelling.document_attention(module, query, query, query, None, document_ends=torch.tensor([5, 6]))
-    with pytest.raises(ValueError, match="chunks of 5 tokens, and a document has 6: set data.max_seq_length"):
-        modelling.document_attention(module, query, query, query, None, document_ends=torch.tensor([6]))
 
 
 def test_an_output_layer_of_its_own_that_would_be_saved_as_the_embedding_is_refused(tmp_path):

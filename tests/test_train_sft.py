@@ -35,6 +35,8 @@ def single(tmp_path_factory):
         (2, ["parallel.strategy=ddp"]),
         (2, ["parallel.strategy=fsdp"]),
         (2, ["train.max_tokens_per_micro_batch=150"]),
+        (2, ["parallel.context=2", "train.max_tokens_per_micro_batch=100", "model.activation_checkpointing=true"]),
+        (4, ["parallel.context=2", "parallel.strategy=fsdp"]),
         (1, ["model.activation_checkpointing=true", "train.max_tokens_per_micro_batch=1"]),
         (1, ["model.attention=eager"]),
     ],

@@ -1,0 +1,152 @@
+"""Attention within the documents of a packed row, also where several ranks share the row (context parallelism)."""
+
+import itertools
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+import packing
+
+
+@torch.compiler.disable  # the number of documents is another one in each row
+def document_sdpa(module, query, key, value, attention_mask, **kwargs):
+    """Causal attention of each document of a packed row to itself, by SDPA, called once per document: any device and
+    dtype. Registered with transformers: `attend` has the arguments."""
+    return attend(sdpa_per_document, module, query, key, value, **kwargs), None
+
+
+@torch.compiler.disable
+def document_varlen(module, query, key, value, attention_mask, **kwargs):
+    """The same in one call of torch's variable-length flash attention: CUDA, bfloat16."""
+    return attend(varlen, module, query, key, value, **kwargs), None
+
+
+AttentionInterface.register("document_sdpa", document_sdpa)
+AttentionInterface.register("document_varlen", document_varlen)
+
+
+def choose(config, device: torch.device) -> str:
+    """The attention of a `config.Model` on a device, by its name in transformers. Raises ValueError."""
+    varlen = config.attention == "varlen" or (
+        config.attention == "auto" and device.type == "cuda" and config.dtype == "bfloat16"
+    )
+    if varlen and (device.type != "cuda" or config.dtype != "bfloat16"):
+        raise ValueError("model.attention=varlen needs CUDA and model.dtype=bfloat16; auto chooses what fits")
+    return "eager" if config.attention == "eager" else "document_varlen" if varlen else "document_sdpa"
+
+
+def attend(
+    kernel, module, query, key, value, scaling=None, dropout=0.0, sliding_window=None, document_ends=None,
+    document_starts=None, context_group=None, **others,
+) -> torch.Tensor:  # fmt: skip
+    """query (1, heads, tokens, head_dim); key and value with as many heads or fewer. `document_ends`, int64
+    (documents,), on the CPU, and `document_starts`, int32 (documents + 1,), 0 and the ends; without them the row is one
+    document. `context_group`: the ranks that share the row; each brings its `packing.slice_of` the tokens, while the
+    documents are the whole row's. Returns (1, tokens, heads, head_dim). Raises ValueError for a model that needs more
+    than that."""
+    ends = [query.shape[2]] if document_ends is None else document_ends.tolist()
+    lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    refuse_unknown(module, others, max(lengths))
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):  # rotary embeddings have made float32 of query and key
+        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
+    if context_group is not None:
+        query, key, value = tokens_for_heads(query, key, value, ends[-1], context_group)
+    output = kernel(query, key, value, lengths, document_starts, scaling, dropout, sliding_window)
+    return output if context_group is None else heads_for_tokens(output, context_group)
+
+
+def refuse_unknown(module, others: dict, longest: int):
+    """Raises ValueError where a model asks for more than causal attention of documents of up to `longest` tokens."""
+    chunk = getattr(getattr(module, "config", None), "attention_chunk_size", None)
+    if chunk and longest > chunk:
+        raise ValueError(
+            f"{type(module).__name__} attends in chunks of {chunk:,} tokens, and a document has {longest:,}: set "
+            "data.max_seq_length to as many, or model.attention=eager"
+        )
+    for name in ("softcap", "s_aux", "position_bias"):
+        if others.get(name) is not None:
+            raise ValueError(f"{type(module).__name__} needs {name}, which only model.attention=eager computes")
+
+
+# ---- kernels: (1, heads, tokens, head_dim) to (1, tokens, heads, head_dim) -------------------------------------------
+
+
+def sdpa_per_document(query, key, value, lengths: list[int], starts, scale, dropout: float, window: int | None):
+    outputs = []
+    # (split: the gradient of slices would be a whole row of zeros for each document)
+    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
+        mask, length = None, q.shape[2]  # q (1, heads, length, head_dim)
+        if window is not None and length > window:
+            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+        options = {"attn_mask": mask, "is_causal": mask is None, "dropout_p": dropout, "scale": scale}
+        outputs.append(F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **options))
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def varlen(query, key, value, lengths: list[int], starts, scale, dropout: float, window: int | None):
+    from torch.nn.attention.varlen import varlen_attn
+
+    if dropout:
+        raise ValueError("this model has attention dropout, which varlen does not; set model.attention=sdpa")
+    if starts is None:
+        starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=query.device)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, head_dim)
+    options = {"scale": scale, "window_size": (window - 1 if window else -1, 0)}
+    options["enable_gqa"] = q.shape[1] != k.shape[1]
+    return varlen_attn(q, k, v, starts, starts, max(lengths), max(lengths), **options)[None]
+
+
+# ---- context parallelism ---------------------------------------------------------------------------------------------
+#
+# Each rank of a group has a slice of a row's tokens, for everything but attention. For that they trade: each gets all
+# tokens for some of the heads, and gives them back (DeepSpeed-Ulysses: Jacobs et al., 2023, arXiv:2309.14509). So the
+# kernels above stay as they are, and all ranks have the same work, wherever documents begin and end.
+
+
+def shares(tokens: int, ranks: int) -> list[int]:
+    """How many of a row's tokens each rank has."""
+    slices = [packing.slice_of(tokens, rank, ranks) for rank in range(ranks)]
+    return [mine.stop - mine.start for mine in slices]
+
+
+def tokens_for_heads(query, key, value, tokens: int, group):
+    """Of each: (1, heads, my tokens, head_dim) to (1, my heads, tokens, head_dim)."""
+    ranks = dist.get_world_size(group)
+    if query.shape[1] % ranks:
+        raise ValueError(f"parallel.context = {ranks} must divide the model's {query.shape[1]} attention heads")
+    copies = ranks // math.gcd(ranks, key.shape[1])  # of key and value heads that ranks have in common
+    traded = []
+    for x in (query, *(x.repeat_interleave(copies, dim=1) for x in (key, value))):
+        x = x[0].unflatten(0, (ranks, -1)).transpose(1, 2)  # (ranks, my tokens, heads of a rank, head_dim)
+        x = Trade.apply(x.flatten(0, 1), [x.shape[1]] * ranks, shares(tokens, ranks), group)
+        traded.append(x.transpose(0, 1)[None])  # (1, heads of this rank, tokens, head_dim)
+    return traded
+
+
+def heads_for_tokens(output, group):
+    """(1, tokens, my heads, head_dim) to (1, my tokens, heads, head_dim)."""
+    ranks = dist.get_world_size(group)
+    all_shares = shares(output.shape[1], ranks)
+    mine = all_shares[dist.get_rank(group)]
+    output = Trade.apply(output[0], all_shares, [mine] * ranks, group)  # (ranks * my tokens, heads of a rank, head_dim)
+    return output.unflatten(0, (ranks, mine)).transpose(0, 1).flatten(1, 2)[None]
+
+
+class Trade(torch.autograd.Function):
+    """All-to-all: of x, cut along its first dimension into `sent` pieces, the i-th goes to rank i, which sends one of
+    `received[i]`. The gradient goes back the same way."""
+
+    @staticmethod
+    def forward(ctx, x, sent: list[int], received: list[int], group):
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        output = x.new_empty(sum(received), *x.shape[1:])
+        dist.all_to_all_single(output, x.contiguous(), received, sent, group=group)
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return Trade.apply(gradient, ctx.received, ctx.sent, ctx.group), None, None, None
