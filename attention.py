@@ -116,8 +116,6 @@ def shares(tokens: int, ranks: int) -> list[int]:
 def tokens_for_heads(query, key, value, tokens: int, group):
     """Of each: (1, heads, my tokens, head_dim) to (1, my heads, tokens, head_dim)."""
     ranks = dist.get_world_size(group)
-    if query.shape[1] % ranks:
-        raise ValueError(f"parallel.context = {ranks} must divide the model's {query.shape[1]} attention heads")
     copies = ranks // math.gcd(ranks, key.shape[1])  # of key and value heads that ranks have in common
     traded = []
     for x in (query, *(x.repeat_interleave(copies, dim=1) for x in (key, value))):

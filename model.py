@@ -134,7 +134,7 @@ def keeps_documents_apart(model, dtype: torch.dtype) -> bool:
 
 
 @torch.no_grad()
-def check_context(model, group, dtype: torch.dtype):
+def check_shared_row(model, group, dtype: torch.dtype):
     """Raises ValueError unless the ranks that share a row get the logits that one alone gets: measured, as above."""
     model.eval()
     rank, ranks, tokens = dist.get_rank(group), dist.get_world_size(group), 40
@@ -182,11 +182,13 @@ def blocks(model) -> torch.nn.ModuleList:
     return max(lists, key=lambda module: sum(p.numel() for p in module.parameters()))
 
 
-def make_context_group(context: int, world_size: int):
-    """The ranks that share rows with this one, neighbours; None where each has its own. Raises ValueError."""
+def check_context(config, model_config, world_size: int):
+    """Raises ValueError where `parallel.context` ranks cannot share rows of this model."""
+    context, heads = config.parallel.context, getattr(model_config.get_text_config(), "num_attention_heads", 0)
     if world_size % context:
         raise ValueError(f"parallel.context = {context} does not divide the {world_size} processes")
-    return dist.new_subgroups(context)[0] if context > 1 else None
+    if heads % context:
+        raise ValueError(f"parallel.context = {context} does not divide the model's {heads} attention heads")
 
 
 def parallelise(model, config, strategy: str, world_size: int, device: torch.device, context_group=None):

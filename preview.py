@@ -115,7 +115,10 @@ def preview(cfg, options, report: dict, samples: list):
         report["batches"] = batches(cfg, train, report["world_size"])
         first = packing.step_examples(train.counts, 1, cfg.seed, cfg.train.global_batch_size, train.weights)
         samples += [Sample(tokenizer, train, int(i)) for i in first[: options.samples]]
-    row = report.get("batches", {"largest_row_tokens": cfg.train.max_tokens_per_micro_batch})
+    row = {
+        "largest_row_tokens": cfg.parallel.context * cfg.train.max_tokens_per_micro_batch,
+        **report.get("batches", {}),
+    }
     here = torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else 80
     with problem(report):
         report["memory"] = memory(cfg, tokenizer, report["world_size"], options.gpu_memory or here, row)
@@ -225,7 +228,8 @@ def overlap(train, validation) -> dict:
 
 def batches(cfg, examples, world_size: int) -> dict:
     """Steps, and how full and even the rows of some of them are."""
-    batch_size, max_tokens = cfg.train.global_batch_size, cfg.train.max_tokens_per_micro_batch
+    batch_size, context = cfg.train.global_batch_size, cfg.parallel.context
+    groups, max_tokens = max(1, world_size // context), context * cfg.train.max_tokens_per_micro_batch
     epoch_size = sum(packing.epoch_sizes(examples.counts, examples.weights))
     per_epoch = packing.steps_per_epoch(epoch_size, batch_size)
     steps = packing.steps_of_run(epoch_size, batch_size, cfg.train.max_epochs, cfg.train.max_steps)
@@ -233,10 +237,10 @@ def batches(cfg, examples, world_size: int) -> dict:
     largest = (0, 0)
     for step in np.unique(np.linspace(1, steps, min(steps, PLANNED_STEPS)).astype(int)).tolist():
         chosen = packing.step_examples(examples.counts, step, cfg.seed, batch_size, examples.weights)
-        plan = packing.pack(chosen, examples.lengths, world_size, max_tokens)
+        plan = packing.pack(chosen, examples.lengths, groups, max_tokens)
         for at_once in zip(*plan, strict=True):  # the rows that all ranks compute at the same time
             costs = [packing.cost(row, examples.lengths) for row in at_once]
-            waited, work = waited + max(costs) * world_size - sum(costs), work + max(costs) * world_size
+            waited, work = waited + max(costs) * groups - sum(costs), work + max(costs) * groups
             for row in at_once:
                 count, supervised = int(examples.lengths[row].sum()), int(examples.supervised[row].sum())
                 tokens, rows = tokens + count, rows + 1
@@ -272,7 +276,7 @@ def notes(cfg, report: dict) -> list[str]:
             f"{report['overlap']['prompts']:,} validation prompts are in the training split, "
             f"{report['overlap']['conversations']:,} of them with the same answers"
         )
-    if cfg.train.global_batch_size < report["world_size"]:
+    if cfg.train.global_batch_size * cfg.parallel.context < report["world_size"]:
         found.append(f"train.global_batch_size = {cfg.train.global_batch_size} leaves processes idle")
     return found
 
@@ -286,8 +290,9 @@ def memory(cfg, tokenizer, world_size: int, gpu_gib: float, row: dict) -> dict:
     allocator come on top; a tenth of the GPU is set aside for them."""
     with data.from_hub("model.name", cfg.model.name):
         model_config = AutoConfig.from_pretrained(cfg.model.name, revision=cfg.model.revision)
-    tokens = max(1, row["largest_row_tokens"])
-    supervised = row.get("largest_row_supervised", tokens)
+    modelling.check_context(cfg, model_config, world_size)
+    tokens = max(1, math.ceil(row["largest_row_tokens"] / cfg.parallel.context))  # a rank's
+    supervised = min(row.get("largest_row_supervised", tokens), tokens)
     implementation = attention.choose(cfg.model, torch.device("cuda"))
     if implementation == "document_varlen":
         implementation = "document_sdpa"  # keeps the same tensors, and runs without a GPU
@@ -378,6 +383,8 @@ def too_large(cfg, needs: dict) -> str:
             mends.append("model.activation_checkpointing=true")
         if cfg.train.max_tokens_per_micro_batch > cfg.data.max_seq_length:
             mends.append(f"train.max_tokens_per_micro_batch={cfg.data.max_seq_length}")
+        if not mends:
+            mends.append(f"parallel.context={2 * cfg.parallel.context}")
     if needs["optimizer_gib"] > needs["total_gib"] / 4:
         mends.append("parallel.strategy=fsdp over more GPUs" if needs["strategy"] == "ddp" else "more GPUs")
     return (

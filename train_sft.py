@@ -300,8 +300,9 @@ def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | N
         torch.manual_seed(cfg.seed)
         model = outline if strategy == "fsdp" and rank > 0 else modelling.load(cfg.model, device)
     modelling.check_vocabulary(model, tokenizer)
-    context = cfg.parallel.context
-    group = modelling.make_context_group(context, world_size)
+    context = cfg.parallel.context  # ranks that share a row, neighbours
+    modelling.check_context(cfg, model.config, world_size)
+    group = dist.new_subgroups(context)[0] if context > 1 else None
     parallel_model, model = modelling.parallelise(model, cfg, strategy, world_size, device, group)
     autocast = modelling.precision(cfg, strategy, device)
     optimizer = modelling.make_optimizer(model, cfg.train)
@@ -319,7 +320,7 @@ def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | N
     with autocast:
         apart = modelling.keeps_documents_apart(model, modelling.compute_dtype(cfg))
         if group:
-            modelling.check_context(model, group, modelling.compute_dtype(cfg))
+            modelling.check_shared_row(model, group, modelling.compute_dtype(cfg))
     if not apart and rank == 0:
         print("packed documents would see each other in this model: each row holds one document")
 

@@ -29,6 +29,8 @@ RUNS = {  # processes, overrides
     "2 processes, FSDP": (2, ["parallel.strategy=fsdp"]),
     "4 processes, FSDP": (4, ["parallel.strategy=fsdp"]),
     "4 processes, FSDP, 2 x 2": (4, ["parallel.strategy=fsdp", "parallel.replicas=2"]),
+    "2 processes share rows": (2, ["parallel.context=2"]),
+    "4 processes, FSDP, 2 share rows": (4, ["parallel.context=2", "parallel.strategy=fsdp"]),
     "rows of 300 tokens": (1, ["train.max_tokens_per_micro_batch=300"]),
     "rows of 1,024 tokens": (1, ["train.max_tokens_per_micro_batch=1024"]),
     "rows of 300 tokens, 4 processes, FSDP": (4, ["train.max_tokens_per_micro_batch=300", "parallel.strategy=fsdp"]),

@@ -71,6 +71,8 @@ def test_the_figures_as_json_are_those_of_the_data(tmp_path):
     [
         (["train.lr=1"], ["no key 'train.lr'"]),
         (["parallel.strategy=fsdp", "parallel.replicas=3", "--world-size", "8"], ["parallel.replicas = 3 does not"]),
+        (["parallel.context=3", "--world-size", "8"], ["parallel.context = 3 does not divide the 8 processes"]),
+        (["parallel.context=8", "--world-size", "8"], ["parallel.context = 8 does not divide the model's 4 attention"]),
         (["--gpu-memory", "0.01"], ["a GPU would need"]),
         (["data.max_seq_length=8"], ["'train'", "nothing to train"]),
         (["model.attention=varlen"], ["model.attention=varlen"]),
