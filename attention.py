@@ -11,7 +11,7 @@ from transformers import AttentionInterface
 import packing
 
 
-@torch.compiler.disable  # the number of documents is another one in each row
+@torch.compiler.disable  # the number of documents differs from row to row
 def document_sdpa(module, query, key, value, attention_mask, **kwargs):
     """Causal attention of each document of a packed row to itself, by SDPA, called once per document: any device and
     dtype. Registered with transformers: `attend` has the arguments."""

@@ -4,9 +4,9 @@ python chat.py results/squad                                     # the newest mo
 python chat.py results/squad --system "Paris is in France." --prompt "Where is Paris?"
 python chat.py results/squad --jsonl questions.jsonl > answered.jsonl                      # - reads the standard input
 
-In a chat: /system TEXT sets the system message and begins anew, /reset begins anew, /exit or Ctrl-D ends, Ctrl-C ends
-an answer. A line of --jsonl is {"prompt": "..."} or {"messages": [...]}; it comes back with the answer, as `completion`
-or as one more message, in order.
+In a chat: /system TEXT sets the system message and starts over, /reset starts over, /exit or Ctrl-D ends, Ctrl-C stops
+an answer. A line of --jsonl is {"prompt": "..."} or {"messages": [...]}. Lines are written back in order, each with its
+answer as `completion` or as one more message.
 """
 
 import argparse
@@ -32,12 +32,12 @@ def main():
     )
     parser.add_argument("model", help="an output_dir, a checkpoint, a model's folder, or a name on the Hub")
     parser.add_argument("--system", metavar="TEXT", help="the system message")
-    parser.add_argument("--prompt", metavar="TEXT", help="answer this and end")
+    parser.add_argument("--prompt", metavar="TEXT", help="answer this and exit")
     parser.add_argument("--jsonl", metavar="FILE", help="answer each line of a file (-: of the standard input)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
     parser.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest tokens (0: all)")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample among the likeliest that sum up to p (1: all)")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed for sampling (0)")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="the longest answer (512)")
     parser.add_argument("--batch-size", type=int, default=16, help="lines of --jsonl at once (16)")
     options = parser.parse_args()
@@ -137,7 +137,7 @@ class Chat:
         longest = evaluate.positions_of(self.model)
         if len(ids) >= longest:
             raise ValueError(
-                f"the conversation has {len(ids):,} tokens, the model takes {longest:,}; /reset begins anew"
+                f"the conversation has {len(ids):,} tokens, the model takes {longest:,}; /reset starts over"
             )
 
 

@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 import lora
 import model as modelling
 
-# One process is a good number; for all threads, as a filter cannot be set for one
+# A single process is fine. For all threads, because a filter cannot be set for one
 warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
 
 # What may change between two starts of one run: it changes neither the batches nor the model.
@@ -54,7 +54,7 @@ def step_of(folder: Path) -> int:
 
 
 def newest_whole(output_dir: Path) -> Path | None:
-    """A folder that was damaged after it was written is passed over: the steps behind an older one are the same."""
+    """Skips folders damaged after they were written: resuming from an older one repeats the same steps."""
     return next((folder for folder in reversed(find(output_dir)) if damage(folder) is None), None)
 
 
@@ -73,8 +73,8 @@ def find_model(name: str) -> str:
 
 
 def damage(folder: Path, thorough: bool = False) -> str | None:
-    """What is missing in a checkpoint: the sizes of its files, and all that the small ones hold (`thorough`: that
-    all of them hold); None: nothing is."""
+    """What is damaged in a checkpoint, by the sizes of its files and the checksums of the small ones (`thorough`: of
+    all of them); None: nothing."""
     try:
         files = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["files"]
         for name, (size, checksum) in files.items():
@@ -132,7 +132,7 @@ def read_metadata(state: Path):
 def where_to_start(config: dict) -> tuple[Path | None, bool]:
     """(the newest whole checkpoint, whether the run is finished) of `config["output_dir"]`.
 
-    Raises ValueError where another run is there, or what is no run: it is never overwritten.
+    Raises ValueError if the folder holds another run, or something else: neither is ever overwritten.
     """
     name = config["output_dir"]
     output_dir = Path(name)
@@ -189,7 +189,7 @@ def differing_keys(old: dict, new: dict, prefix="") -> list[str]:
 
 
 def clear_leftovers(output_dir: Path) -> list[str]:
-    """Delete what was never finished, and move aside what was damaged since. Returns what there is to say."""
+    """Delete what was never finished, and move aside what was damaged since. Returns lines to print."""
     for leftover in [*(output_dir / "checkpoints").glob("unfinished_*"), *output_dir.glob("unfinished_*")]:
         shutil.rmtree(leftover, ignore_errors=True)
     for leftover in output_dir.glob(".*.tmp"):
@@ -249,10 +249,10 @@ def reason_of(error: BaseException) -> BaseException:
 def state_of(model, optimizer) -> dict:
     """Weights, buffers and optimizer state by the parameter's name, as they are and not copied. The optimizer's state
     is made where it has none yet, so that a checkpoint can be read into it."""
-    # Before all else: it has FSDP put back the shards that a forward pass left gathered
+    # First: it makes FSDP reshard the weights that a forward pass left gathered
     kept = model.state_dict().keys()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}  # tied weights once
-    if lora.has_adapter(model):  # what it stands beside is where it was read from
+    if lora.has_adapter(model):  # its base is where it was read from
         weights = {name: p.detach() for name, p in trained.items()}
     else:
         weights = {name: p.detach() for name, p in model.named_parameters()}
@@ -266,7 +266,7 @@ def state_of(model, optimizer) -> dict:
 
 
 class Writer:
-    """Writes a run's checkpoints, one at a time, in a thread: the loop waits for a copy in memory alone. Every rank has
+    """Writes a run's checkpoints, one at a time, in a thread: the loop waits only for a copy in memory. Every rank has
     one. `skeleton`: `modelling.skeleton` of the model; `figures` are kept with the checkpoint (`val/loss` ranks them).
     """
 
@@ -283,7 +283,7 @@ class Writer:
         )
 
     def save(self, step: int, model, optimizer, figures: dict):
-        """Every rank calls it. The checkpoint before has to be `done`."""
+        """Every rank calls it, once the previous checkpoint is `done`."""
         state = state_of(model, optimizer)
         if dist.is_initialized() and not modelling.is_sharded(model):
             # Every rank has all of it: each copies and writes its share
@@ -297,7 +297,7 @@ class Writer:
             self.try_to_write(step, state, figures)
 
     def done(self, seconds: float = 0.0) -> bool:
-        """Whether nothing is being written, waiting for so long. Raises OSError where it could not be written."""
+        """Whether nothing is being written, after waiting up to `seconds`. Raises OSError if a write has failed."""
         if self.thread:
             self.thread.join(seconds)
             if self.thread.is_alive():
@@ -309,7 +309,7 @@ class Writer:
 
     def try_to_write(self, step, state, figures):
         if self.stager and sys.platform == "linux":
-            # of this thread alone: it works where training leaves it room
+            # of this thread alone: it runs when training leaves a core idle
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         final, began = self.folder / f"step_{step:08d}", time.monotonic()
         try:
@@ -363,7 +363,7 @@ def rotate(output_dir: Path, keep: int):
 
 
 def loss_of(folder: Path) -> float:
-    """Infinite where that step was not validated, or nobody can tell."""
+    """A checkpoint's val/loss; infinite if it was not validated or cannot be read."""
     try:
         return json.loads((folder / "metrics.json").read_text(encoding="utf-8")).get("val/loss", float("inf"))
     except (OSError, ValueError, AttributeError):

@@ -26,13 +26,13 @@ def section(cls):
 @dataclass
 class Lora:
     rank: int = key(0, "0: all weights are trained", minimum=0)
-    alpha: float = key(16.0, "scale of the adapter: alpha / rank")
+    alpha: float = key(16.0, "the adapter is scaled by alpha / rank")
     dropout: float = key(0.0, "dropout before the adapter", minimum=0)
     targets: str | list = key(
         "all-linear", "all-linear: all but the output layer; or a list of module names, as [q_proj, v_proj]"
     )
     base_dtype: str | None = key(
-        None, "of the weights that are not trained; null: model.dtype", choices=[None, "bfloat16", "float32"]
+        None, "of the frozen weights; null: model.dtype", choices=[None, "bfloat16", "float32"]
     )
     merge: bool = key(False, "true: the final model/ has the adapter added to its weights; false: it is a PEFT adapter")
 
@@ -40,7 +40,7 @@ class Lora:
 @dataclass
 class Model:
     name: str = key("meta-llama/Llama-3.2-1B", "Hub id or folder")
-    from_scratch: bool = key(False, "true: random weights after its config.json")
+    from_scratch: bool = key(False, "true: random weights, built from its config.json")
     revision: str | None = key(None, "branch, tag or commit on the Hub")
     dtype: str = key(
         "bfloat16",
@@ -76,7 +76,7 @@ class Data:
     max_seq_length: int = key(1024, "tokens; a longer conversation is overlong", minimum=2)
     overlong: str = key("drop", "what happens to a longer conversation", choices=["drop", "truncate", "error"])
     train_on: str = key(
-        "all", 'which assistant turns; a message\'s own "train": false is always kept', choices=["all", "last"]
+        "all", 'assistant turns that are trained; "train": false in a message is always obeyed', choices=["all", "last"]
     )
 
 
@@ -84,7 +84,7 @@ class Data:
 class Train:
     global_batch_size: int = key(32, "conversations per optimizer step, over all ranks", minimum=1)
     max_tokens_per_micro_batch: int = key(
-        8192, "how much a rank computes at once; changes memory and speed, never the result", minimum=1
+        8192, "tokens that a rank computes at once; changes memory and speed, never the result", minimum=1
     )
     max_epochs: int = key(1, "passes over the training split", minimum=1)
     max_steps: int | None = key(60, "null: as many as the epochs have", minimum=1)
@@ -92,7 +92,7 @@ class Train:
     schedule: str = key("constant", "after warmup_steps", choices=["constant", "linear", "cosine"])
     warmup_steps: int = key(0, "steps of linear warm-up", minimum=0)
     min_learning_rate: float = key(0.0, "where linear and cosine end", minimum=0)
-    weight_decay: float = key(0.1, "AdamW's; not on norms and biases", minimum=0)
+    weight_decay: float = key(0.1, "AdamW's; not applied to norms and biases", minimum=0)
     betas: list[float] = key([0.9, 0.98], "AdamW's")
     eps: float = key(1.0e-5, "AdamW's", minimum=0)
     clip_grad_norm: float | None = key(1.0, "null: no clipping", minimum=0)
@@ -100,13 +100,13 @@ class Train:
 
 @dataclass
 class Validation:
-    every: int | None = key(10, "steps; null: never", minimum=1)
+    every: int | None = key(10, "steps between validations; null: never", minimum=1)
     at_start: bool = key(True, "validate before the first step too")
     max_examples: int | None = key(256, "of each dataset, the same ones each time; null: all", minimum=1)
-    samples: int = key(2, "prompts (of each dataset) answered aloud at each validation", minimum=0)
+    samples: int = key(2, "prompts (of each dataset) whose answers are printed at each validation", minimum=0)
     exact_match: int = key(
         0,
-        "validation conversations (of each dataset) whose last turn is answered greedily and scored, before and after",
+        "conversations (of each dataset) whose last turn is answered greedily and scored, before and after training",
         minimum=0,
     )
 
@@ -121,9 +121,9 @@ class Parallel:
 
 @dataclass
 class Checkpoint:
-    every: int | None = key(10, "steps; null: only at the end", minimum=1)
-    keep: int = key(3, "the best by validation loss; the newest is kept besides", minimum=0)
-    async_save: bool = key(True, "write while training goes on")
+    every: int | None = key(10, "steps between checkpoints; null: only at the end", minimum=1)
+    keep: int = key(3, "how many of the best by validation loss to keep, besides the newest", minimum=0)
+    async_save: bool = key(True, "write in the background while training goes on")
     must_save_by: str | None = key(None, "DD:HH:MM:SS after the start: save, stop, exit 0")
     resume: str = key("auto", "auto: go on from the newest whole checkpoint in output_dir", choices=["auto", "never"])
 
@@ -148,19 +148,17 @@ class Logger:
 
 @dataclass
 class Cluster:
-    num_nodes: int | None = key(
-        None, "null: what torchrun started; another number than it started is an error", minimum=1
-    )
+    num_nodes: int | None = key(None, "null: as many as torchrun started; any other number is an error", minimum=1)
     gpus_per_node: int | None = key(
         None, "processes per machine; without torchrun, that many are started through its launcher", minimum=1
     )
-    hang_timeout: float = key(600.0, "seconds without progress until the run ends and names the hung rank", minimum=1)
+    hang_timeout: float = key(600.0, "seconds without progress before the run ends and names the hung rank", minimum=1)
 
 
 @dataclass
 class Config:
-    seed: int = key(42, "of the order, dropout and random weights", minimum=0)
-    output_dir: str = key("results/squad", "everything that a run leaves")
+    seed: int = key(42, "for data order, dropout and random weights", minimum=0)
+    output_dir: str = key("results/squad", "folder for everything that a run leaves")
     model: Model = section(Model)
     tokenizer: Tokenizer = section(Tokenizer)
     data: Data = section(Data)
@@ -191,7 +189,7 @@ def load(path: str | None, overrides: list[str]) -> Config:
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals or not name:
-            raise ValueError(f"{override!r} is no override: write KEY=VALUE, as train.learning_rate=1e-5")
+            raise ValueError(f"{override!r} is not an override: write KEY=VALUE, such as train.learning_rate=1e-5")
         try:
             value = yaml.load(text, YamlLoader)
         except (yaml.YAMLError, ValueError) as error:
@@ -262,7 +260,7 @@ def merge(target: dict, tree: dict):
 
 
 def convert(value, hint, metadata, where: str):
-    """`value` as the type `hint`; an int will do for a float, and nothing else for anything else."""
+    """`value` as the type `hint`; an int is taken for a float; otherwise the types must match."""
     allowed = hint.__args__ if isinstance(hint, types.UnionType) else (hint,)
     if isinstance(value, Raw):
         value = value.text if str in allowed and not isinstance(value.value, (str, type(None), list)) else value.value
@@ -291,7 +289,7 @@ def check(config: Config):
     if not config.output_dir:
         raise ValueError("output_dir is empty; name a folder")
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
-        raise ValueError(f"train.betas = {train.betas} must be two numbers from 0 to below 1, as [0.9, 0.98]")
+        raise ValueError(f"train.betas = {train.betas} must be two numbers, at least 0 and below 1, as [0.9, 0.98]")
     if train.clip_grad_norm == 0:
         raise ValueError("train.clip_grad_norm = 0 would stop all learning; null switches clipping off")
     if train.min_learning_rate > train.learning_rate:
@@ -347,7 +345,7 @@ def check_mixture(data: Data):
         if not 0 <= entry.get("weight", 1) < float("inf"):
             raise ValueError(f"{where}.weight = {entry['weight']!r} must be at least 0 (0: only for validation)")
     if not any(entry.get("weight", 1) for entry in data.dataset):
-        raise ValueError(f"data.dataset = {data.dataset} has nothing to train on: an entry with a weight above 0")
+        raise ValueError(f"data.dataset = {data.dataset} has nothing to train on; give an entry a weight above 0")
 
 
 def leaves(cls=Config, prefix=""):
@@ -414,7 +412,7 @@ class YamlLoader(yaml.SafeLoader):
         names = [self.construct_object(name, deep=True) for name, _ in node.value]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"the key {name!r} is there twice{node.start_mark}")
+                raise ValueError(f"the key {name!r} occurs twice{node.start_mark}")
         return super().construct_mapping(node, deep)
 
     def construct_decimal(self, node):

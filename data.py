@@ -82,7 +82,7 @@ def squad_messages(row: dict) -> dict:
 class OpenAssistant:
     """Human-written conversations: every path from the root to a leaf of each message tree.
 
-    Read is `2023-04-12_oasst_ready.trees.jsonl.gz` of https://huggingface.co/datasets/OpenAssistant/oasst1: the trees
+    Reads `2023-04-12_oasst_ready.trees.jsonl.gz` of https://huggingface.co/datasets/OpenAssistant/oasst1: the trees
     that were finished and reviewed. The repository's parquet files hold single messages, spam and unfinished trees
     among them. The split is by tree, so that no validation prompt was trained on.
     """
@@ -134,7 +134,7 @@ class Chats:
     """Files of conversations, see formats.py: a file, a glob or a folder of .jsonl, .jsonl.gz, .json and .parquet.
 
     `validation`: files too, or the fraction of the rows that is held out (the same ones for the same seed). `format`:
-    messages, prompt_completion, alpaca or sharegpt; None: as the columns of all rows say.
+    messages, prompt_completion, alpaca or sharegpt; None: recognised by the columns of all rows.
     """
 
     def __init__(self, path: str, validation: str | float = 0.05, seed: int = 42, format: str | None = None):
@@ -177,7 +177,7 @@ BUILT_IN = {"squad": Squad, "openassistant": OpenAssistant}
 
 
 class Entry(NamedTuple):
-    """A dataset that is trained on; `weight`: how often its training split is gone through in an epoch of all."""
+    """A dataset of the run; `weight`: passes over its training split per epoch (0: validation only)."""
 
     name: str
     dataset: object
@@ -185,7 +185,7 @@ class Entry(NamedTuple):
 
 
 def load_entries(config) -> list[Entry]:
-    """The datasets of a `config.Data`, whose names differ."""
+    """The datasets that a `config.Data` asks for, each under a unique name."""
     asked = config.dataset if isinstance(config.dataset, list) else [{"dataset": config.dataset, "args": config.args}]
     entries = []
     for entry in asked:
@@ -253,7 +253,7 @@ def split_rows(rows: formats.Rows, fraction: float, seed: int) -> dict:
 
 @contextlib.contextmanager
 def from_hub(key: str, name: str):
-    """Whatever goes wrong in reading `name` becomes a ValueError with the key, where it was looked for and the mend."""
+    """An OSError while reading `name` becomes a ValueError with the key, where it was looked for and the mend."""
     constants = huggingface_hub.constants
     try:
         yield
@@ -268,14 +268,14 @@ def from_hub(key: str, name: str):
 
 
 def check_row(row):
-    """Raises ValueError with the reason where a row is no conversation that can be trained on."""
+    """Raises ValueError with the reason if a row is not a conversation that can be trained on."""
     row = row if isinstance(row, dict) else {}
     formats.refuse_other_than_text(row)
     messages = row.get("messages")
     try:
         json.dumps([messages, row.get("tools")], ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"has half a character ({error.object[error.start]!r}): a text was cut within one") from None
+        raise ValueError(f"has half a character ({error.object[error.start]!r}): a text was cut inside it") from None
     if not isinstance(messages, list) or not messages:
         raise ValueError('has no "messages": a row is {"messages": [{"role": ..., "content": ...}, ...]}')
     for i, message in enumerate(messages):
@@ -295,13 +295,13 @@ def check_row(row):
         )
         called = content is None and (message.get("tool_calls") or message.get("reasoning_content"))
         if not (isinstance(content, str) or blocks or called):
-            raise ValueError(f"messages[{i}]: the content is {str(content)[:60]!r}, no text nor a list of text blocks")
+            raise ValueError(f"messages[{i}]: the content is {str(content)[:60]!r}, neither text nor text blocks")
     if all(message["role"] != "assistant" for message in messages):
         raise ValueError("has no assistant turn, so there is nothing to train")
 
 
 def answers_of(row: dict) -> list[str] | None:
-    """All right answers to the last question of a row, where it has a list of them; None: the reference alone is."""
+    """All right answers to the last question of a row, if it lists them; None: only the reference is right."""
     answers = row.get("answers")
     listed = isinstance(answers, list) and answers and all(isinstance(answer, str) for answer in answers)
     return answers if listed else None
@@ -332,8 +332,8 @@ def choose_template(config, tokenizer, entries) -> str:
     brought = {entry.dataset.task_spec.custom_template for entry in entries}
     if not asked and len(brought) > 1:
         raise ValueError(
-            f"the datasets {', '.join(entry.name for entry in entries)} bring different chat templates, and one model "
-            "has one; set tokenizer.chat_template"
+            f"the datasets {', '.join(entry.name for entry in entries)} bring different chat templates, but a "
+            "model has one; set tokenizer.chat_template"
         )
     chat_template = asked or brought.pop() or tokenizer.chat_template
     if not isinstance(chat_template, str):
@@ -345,8 +345,8 @@ def choose_template(config, tokenizer, entries) -> str:
 
 
 def tokenise_splits(config, tokenizer, entries: list[Entry]) -> dict:
-    """The datasets of a configuration, tokenised or found, as plain values that another process can be told: the
-    `chat_template` and, for `open_split`, the `names`, `weights` and folders of the datasets."""
+    """Tokenises the datasets of a configuration, or finds them in the cache. Returns plain values that can be sent to
+    another process: the `chat_template` and, for `open_split`, the `names`, `weights` and folders of the datasets."""
     chat_template = choose_template(config, tokenizer, entries)
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     cache = Path(huggingface_hub.constants.HF_HOME) / "sft-tokens"
@@ -365,7 +365,7 @@ def tokenise_splits(config, tokenizer, entries: list[Entry]) -> dict:
 
 
 def rows_of(entries: list[Entry]):
-    """(which dataset, split, rows, their name in messages) of all that is read: no training split without weight."""
+    """(dataset index, split, rows, name for messages) of all that is read: no training split of weight 0."""
     for split in ("train", "validation"):
         for k, entry in enumerate(entries):
             if entry.weight or split == "validation":
@@ -392,10 +392,10 @@ def find_stop_ids(tokenizer, examples) -> list[int]:
 
 
 class Examples:
-    """Tokenised conversations in memory-mapped files, so that a process holds none of them: of each, `lengths` and
-    `supervised` in tokens, int32, and `rows`, its row in the split, int64; `digest` of all tokens and labels. One
-    dataset after the other: `names`, `weights`, `counts` and `totals` of each; `part_of` says where one belongs.
-    Raises ValueError for an overlong conversation where `overlong` is error."""
+    """Tokenised conversations in memory-mapped files, so that no process holds them in memory. For each conversation:
+    `lengths` and `supervised` in tokens, int32, and `rows`, its row in the split, int64. Datasets follow one another:
+    `names`, `weights`, `counts` and `totals` of each; `part_of(i)` is the dataset of conversation i. `digest`: of all
+    tokens and labels. Raises ValueError for an overlong conversation if `overlong` is error."""
 
     def __init__(self, folders: list[Path], max_seq_length: int, overlong: str, names=("",), weights=(1.0,)):
         self.names, self.weights = names, weights
@@ -464,8 +464,8 @@ def mapped(path: Path, dtype) -> np.ndarray:
 
 
 def choose_examples(folder: Path, max_seq_length: int, overlong: str, name: str) -> Path:
-    """A folder in `folder` with files for the conversations that are trained: made now, or found. It goes through them
-    a part at a time, so that memory does not grow with them."""
+    """A folder in `folder` with files for the conversations that are trained: made now, or found. It reads them
+    a part at a time, so that memory does not grow with their number."""
     chosen = folder / f"{overlong}-{max_seq_length}"
     if chosen.is_dir():
         return chosen
@@ -511,14 +511,14 @@ def choose_examples(folder: Path, max_seq_length: int, overlong: str, name: str)
 
 
 def make_folder(folder: Path, write) -> Path:
-    """A folder that is there whole or not at all: `write` fills it under another name."""
+    """Make a folder that is either complete or absent: `write` fills it under a temporary name."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-"))
     try:
         write(temporary)
         for path in temporary.iterdir():
             with open(path, "rb") as file:
-                os.fsync(file.fileno())  # a name that is there stands for a file that is
+                os.fsync(file.fileno())  # before the rename, so that a complete folder has its data on disk
         os.chmod(temporary, 0o755)  # others may share the cache
         os.rename(temporary, folder)
     except OSError:
@@ -641,8 +641,8 @@ def collate(examples: Examples, row: list[int], device="cpu", part: int = 0, par
 
     input_ids, position_ids (1, tokens) int64, positions that start at 0 in each document; document_ends: where each
     document ends, (documents,) int64, on the CPU; document_starts: 0 and the ends, (documents + 1,) int32; positions
-    (supervised,) int64: where in the row a token has to be predicted that is trained; targets (supervised,) int64: that
-    token. The first token of a document is never predicted. A row without documents is one token that trains nothing:
+    (supervised,) int64: where in the row a trained token has to be predicted; targets (supervised,) int64: that token.
+    The first token of a document is never predicted. A row without documents is one token that trains nothing:
     one target of -100. Where `parts` ranks share the row, tokens and positions are those in the `part`-th slice of it.
     """
     none = np.array([templates.IGNORE_INDEX])

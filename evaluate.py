@@ -3,8 +3,8 @@
 python evaluate.py results/squad                                   # the newest model there, the data of its config.yaml
 torchrun --nproc_per_node 8 evaluate.py FOLDER configs/squad.yaml  # any model's folder, or its name on the Hub
 
-Asked is the last turn of the assistant in each validation conversation. Where rows have a list of `answers`, as those
-of SQuAD, exact match and F1 are those of its official script; elsewhere an answer is right that is the very text.
+It asks for the last assistant turn of each validation conversation. Where rows have a list of `answers`, as in SQuAD,
+exact match and F1 are those of its official script; elsewhere an answer is right if it equals the reference exactly.
 """
 
 import argparse
@@ -37,8 +37,8 @@ LONGEST = 256  # tokens of an answer; a right one that is longer counts as misse
 
 
 def normalised(text: str) -> str:
-    """Lower case, without punctuation, articles and white space that says nothing: as the official script of SQuAD 1.1,
-    https://rajpurkar.github.io/SQuAD-explorer/ (evaluate-v1.1.py), does it."""
+    """Lower case, without punctuation, articles and extra white space, as in the official script of SQuAD 1.1,
+    https://rajpurkar.github.io/SQuAD-explorer/ (evaluate-v1.1.py)."""
     text = "".join(character for character in text.lower() if character not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
@@ -51,9 +51,9 @@ def f1(answer: str, reference: str) -> float:
 
 
 class Question(NamedTuple):
-    """`prompt`: token ids that are fed; `reference`: the assistant's turn as text; `answers`: all that are right, by
-    SQuAD's rules, or None: the reference alone, as it stands; `dataset`: which of a mixture, from 0; `tokens` of the
-    reference."""
+    """`prompt`: token ids that are fed; `reference`: the assistant's turn as text; `answers`: all that are right by
+    SQuAD's rules (None: only the reference, verbatim); `dataset`: its index in a mixture, from 0; `tokens`: of the
+    longest of reference and answers."""
 
     prompt: list[int]
     reference: str
@@ -71,8 +71,8 @@ class Question(NamedTuple):
 
 
 def score(questions: list[Question], answers: list[str], names: list[str]) -> dict[str, float]:
-    """Means from 0 to 1 by name: `exact_match`, of all that have a list of answers `f1`, and the same of each dataset
-    with its name behind a slash where there are more than one."""
+    """Means from 0 to 1 by name: `exact_match`; `f1` over the questions that have a list of answers; and, if there is
+    more than one dataset, the same for each as `exact_match/NAME` and `f1/NAME`."""
     figures = {}
     for dataset in [None, *range(len(names))] if len(names) > 1 else [None]:
         chosen = [(q, a) for q, a in zip(questions, answers, strict=True) if dataset in (None, q.dataset)]
@@ -91,8 +91,8 @@ def score(questions: list[Question], answers: list[str], names: list[str]) -> di
 def generate(
     model, prompts: list[list[int]], max_new_tokens: int, stop_ids: list[int], alive=lambda: None, **sampling
 ) -> list[list[int]]:
-    """Answers (ids, without what comes from the first stop id on) to prompts of token ids, as a batch; greedy, unless
-    `sampling` (of transformers' `generate`) says otherwise. `alive` is called with each token."""
+    """Answers (ids before the first stop id) to a batch of prompts of token ids; greedy unless `sampling` (arguments of
+    transformers' `generate`) says otherwise. `alive` is called at each token."""
     attention, was_training, own = model.config._attn_implementation, model.training, model.generation_config
     longest = max(len(prompt) for prompt in prompts)
     max_new_tokens = max(1, min(max_new_tokens, positions_of(model) - longest))
@@ -129,7 +129,7 @@ def generate(
 
 
 def positions_of(model) -> int:
-    """How many tokens a model takes at most, as far as its configuration says so."""
+    """The most tokens that a model takes, if its configuration says; else 2^31."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
 
 
@@ -137,10 +137,10 @@ def answer_all(
     model, tokenizer, questions, stop_ids, max_tokens: int, max_prompt: int | None = None, batch_size: int = 64,
     note_place=lambda place: None, alive=lambda: None,
 ) -> list[str]:  # fmt: skip
-    """The model's answers as texts, on every rank. Each rank answers its share, of a sharded model too: all ranks go
-    through as many batches, of prompts of like length, and a batch of more than one prompt has at most `max_tokens`
-    tokens and room for its answers. A prompt of `max_prompt` tokens, or of all that the model takes, is answered with
-    nothing. `note_place` is told of each batch, `alive` is called with each token."""
+    """The model's answers as texts, on every rank. Each rank answers its share, and all ranks run the same number of
+    batches, as a sharded model needs. A batch holds prompts of similar length; one of more than one prompt has at most
+    `max_tokens` tokens, answers included. A prompt of `max_prompt` tokens or more, or that leaves no room in the model,
+    gets an empty answer. `note_place` is called before each batch, `alive` at each token."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     max_new_tokens = min(LONGEST, max(32, max(question.tokens for question in questions) + 8))
     lengths, positions = [len(question.prompt) for question in questions], positions_of(model)
@@ -185,8 +185,8 @@ def question_of(tokenizer, ids, labels, stop_ids, answers: list[str] | None, dat
 
 def make_questions(entries, tokenizer, chat_template: str, stop_ids, max_examples: int | None, show=False):
     """The last turn of the assistant in the first `max_examples` validation conversations of each dataset (None: of
-    all), whether it would be trained or not: (questions, dataset, row and id of each). Raises ValueError for a row that
-    is wrong."""
+    all), whether it would be trained or not. Returns (questions, (dataset, row, id) of each). Raises ValueError for
+    a bad row."""
     questions, places = [], []
     for k, entry in enumerate(entries):
         rows = entry.dataset.formatted_ds["validation"]
@@ -216,8 +216,8 @@ def main():
     )
     parser.add_argument("model", help="an output_dir, a checkpoint, a model's folder, or a name on the Hub")
     parser.add_argument("arguments", nargs="*", help="CONFIG.yaml, KEY=VALUE: the data; default: the run's config.yaml")
-    parser.add_argument("--max-examples", type=int, help="the first so many of each dataset (default: all)")
-    parser.add_argument("--batch-size", type=int, default=64, help="most answers at once on a process (64)")
+    parser.add_argument("--max-examples", type=int, help="only the first N of each dataset (default: all)")
+    parser.add_argument("--batch-size", type=int, default=64, help="most answers generated at once by a process (64)")
     parser.add_argument("--output", metavar="FILE", help="write prompts, answers and their scores, one JSON a line")
     options = parser.parse_intermixed_args()
     if options.batch_size < 1 or (options.max_examples is not None and options.max_examples < 1):
@@ -277,7 +277,7 @@ def with_config_of(model: str, arguments: list[str]) -> list[str]:
     found = next((folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()), None)
     if found is None:
         raise ValueError(
-            f"{model} is in no run's output_dir: name a configuration, as configs/squad.yaml, for the data"
+            f"{model} is in no run's output_dir: name a configuration for the data, such as configs/squad.yaml"
         )
     return [str(found), *arguments]
 

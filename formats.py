@@ -16,7 +16,7 @@ import numpy as np
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 
-# What a row of each format has. Any may have `tools` besides (a list, or JSON text)
+# The columns that a row of each format has. Any row may also have `tools` (a list, or JSON text)
 COLUMNS = {
     "messages": {"messages"},  # [{"role": "user", "content": "..."}, ...]
     "prompt_completion": {"prompt", "completion"},  # two texts, or two lists of messages: the completion is trained
@@ -36,8 +36,8 @@ SPEAKERS = {  # of ShareGPT, and the roles they are
 
 
 class File(NamedTuple):
-    """`rows`: dicts, lines of JSON, or a table of `datasets`; `first`: the number that row 0 has in messages; `digest`:
-    of a file whose bytes are not at hand any more."""
+    """`rows`: dicts, lines of JSON, or a table of `datasets`; `first`: the number of row 0 in messages; `digest`: of a
+    file whose bytes are no longer at hand."""
 
     name: str
     rows: "list | Lines | datasets.Dataset"
@@ -125,7 +125,7 @@ class Part:
 
 
 class Lines:
-    """The lines of a file as bytes, of which memory holds none: the file is mapped."""
+    """The lines of a file as bytes. The file is memory-mapped, so that none of them is held in memory."""
 
     def __init__(self, path: str):
         size = Path(path).stat().st_size
@@ -177,7 +177,7 @@ def find_files(path: str) -> list[str]:
 def read_file(path: str) -> File:
     """A row of a .jsonl file is read exactly as it stands there."""
     if path.endswith(".parquet"):
-        # datasets keeps what it has read by the file's name and time: here by what it holds
+        # datasets keys its cache by the file's name and time; this one is keyed by content
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         cache = Path(huggingface_hub.constants.HF_HOME) / "sft-parquet" / digest[:32]
@@ -228,8 +228,8 @@ def drop_none(value):
 
 
 def recognise(files: list[File]) -> str:
-    """The one format whose columns every row has and of which no row has another's. Raises ValueError with the choices
-    where there is none."""
+    """The one format whose columns every row has, where no row has the columns of another. Raises ValueError with the
+    choices if there is none."""
     first = {}  # which known columns rows have: (the first such row's place, all its columns)
     for file in files:
         for names, i in column_sets(file):
@@ -257,7 +257,7 @@ def recognise(files: list[File]) -> str:
 
 
 def column_sets(file: File):
-    """(columns, the first row that has these) for each set of known columns in the file; what is null is not there."""
+    """(columns, the first row that has these) for each set of known columns in the file; null counts as absent."""
     if isinstance(file.rows, datasets.Dataset):
         columns = {*file.rows.column_names}
         known = sorted(columns & KNOWN)
@@ -312,7 +312,7 @@ def tools_of(row: dict):
 
 def text_of(row: dict, name: str) -> str:
     if not isinstance(row.get(name), str):
-        raise ValueError(f"{name!r} is {str(row.get(name))[:60]!r}, which is no text")
+        raise ValueError(f"{name!r} is {str(row.get(name))[:60]!r}, which is not text")
     return row[name]
 
 
@@ -336,7 +336,7 @@ def from_alpaca(row: dict) -> list[dict]:
     messages = system_of(row)
     for pair in row.get("history") or []:
         if not (isinstance(pair, list) and len(pair) == 2):
-            raise ValueError(f"'history' holds {str(pair)[:60]!r}, which is no pair of a question and an answer")
+            raise ValueError(f"'history' holds {str(pair)[:60]!r}, which is not a pair of question and answer")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     asked = text_of(row, "instruction")
     if row.get("input"):
@@ -347,18 +347,18 @@ def from_alpaca(row: dict) -> list[dict]:
 def from_sharegpt(row: dict) -> list[dict]:
     turns = row["conversations"]
     if not isinstance(turns, list):
-        raise ValueError(f"'conversations' is {str(turns)[:60]!r}, no list of turns")
+        raise ValueError(f"'conversations' is {str(turns)[:60]!r}, not a list of turns")
     messages = system_of(row)
     for i, turn in enumerate(turns):
         if not isinstance(turn, dict):
-            raise ValueError(f"conversations[{i}] is {str(turn)[:60]!r}, no turn")
+            raise ValueError(f"conversations[{i}] is {str(turn)[:60]!r}, not a turn")
         if "role" in turn and "from" not in turn:
             messages.append(turn)  # messages under another name
             continue
         speaker, value = turn.get("from"), turn.get("value")
         kept = {name: turn[name] for name in ("train", "weight") if name in turn}
         if not isinstance(value, str):
-            raise ValueError(f"conversations[{i}]: the value is {str(value)[:60]!r}, no text")
+            raise ValueError(f"conversations[{i}]: the value is {str(value)[:60]!r}, not text")
         if speaker == "function_call":
             calls = read_json(value.encode(), f"conversations[{i}]")
             calls = calls if isinstance(calls, list) else [calls]
@@ -367,9 +367,9 @@ def from_sharegpt(row: dict) -> list[dict]:
             messages.append({"role": SPEAKERS[speaker], "content": value, **kept})
         else:
             known = ", ".join([*SPEAKERS, "function_call"])
-            raise ValueError(f"conversations[{i}]: nobody knows who {speaker!r} is; 'from' must be one of {known}")
+            raise ValueError(f"conversations[{i}]: the speaker {speaker!r} is unknown; 'from' must be one of {known}")
     if [message.get("role") for message in messages[:2]] == ["system", "system"]:
-        raise ValueError("has a 'system' and a system turn besides; leave one out")
+        raise ValueError("has both a 'system' column and a system turn; leave one out")
     return messages
 
 

@@ -11,7 +11,7 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-# Of an adapter's configuration, what is read here, and what does not change what is computed
+# The keys of an adapter's configuration that are read here, or that do not change what is computed
 PEFT_KEYS = (
     "peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "bias",
     "target_modules", "inference_mode", "init_lora_weights", "auto_mapping", "peft_version", "megatron_core",
@@ -101,7 +101,7 @@ def has_adapter(model) -> bool:
 
 
 def merge_adapter(model):
-    """The adapter added to the weights that it stands beside."""
+    """Add the adapter to the weights of its base, in place."""
     for name, module in [*model.named_modules()]:
         if isinstance(module, LoraLinear):
             model.set_submodule(name, module.merged())
@@ -109,7 +109,7 @@ def merge_adapter(model):
 
 
 def identity(config) -> str:
-    """Changes when the weights that a `config.Model` names do: of the Hub the commit, of a folder a hash of its weight
+    """Changes when the weights that a `config.Model` names do: the Hub commit or, for a folder, a hash of its weight
     files (a second for a GB or two)."""
     folder = Path(config.name)
     if not folder.is_dir():
@@ -122,7 +122,7 @@ def identity(config) -> str:
 
 
 def adapter_revision(config) -> str | None:
-    """The commit of the Hub that a `config.Model` was read from, whatever comes after it; of a folder its revision."""
+    """The Hub commit that a `config.Model` was read from, even if newer ones exist; for a folder, its revision."""
     if Path(config.name).is_dir():
         return config.revision
     cached = try_to_load_from_cache(config.name, "config.json", revision=config.revision)

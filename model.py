@@ -67,7 +67,7 @@ def load(config, device: torch.device, outline: bool = False) -> torch.nn.Module
         if tied and head is not None and head.weight is not model.get_input_embeddings().weight:
             raise ValueError(
                 f"model.name = {config.name!r} has an output layer of its own, and its config.json says "
-                "tie_word_embeddings: true, as which it would be saved; correct its config.json to false"
+                "tie_word_embeddings: true, so that saving would lose that layer; set it to false there"
             )
     prepare_for_training(model, config)
     return model
@@ -81,7 +81,7 @@ def open_saved(name: str, dtype, implementation: str = "sdpa"):
 
 
 def base_dtype(config) -> torch.dtype:
-    """Of the weights of a `config.Model`, but for an adapter's."""
+    """Of the stored weights of a `config.Model`, except an adapter's."""
     return getattr(torch, config.lora.base_dtype or config.dtype) if config.lora.rank else torch.float32
 
 
@@ -105,8 +105,8 @@ def check_vocabulary(model, tokenizer):
 
 @torch.no_grad()
 def keeps_documents_apart(model, dtype: torch.dtype) -> bool:
-    """Whether a packed row gives each document the logits that it has alone, and the same ones beside any others:
-    measured on the loaded model, which computes in `dtype`. Every rank of a sharded model has to call it."""
+    """Whether each document of a packed row gets the logits that it gets alone, whatever stands beside it: measured on
+    the loaded model, which computes in `dtype`. Every rank of a sharded model has to call it."""
     model.eval()
     device, vocabulary = model.device, model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
@@ -222,7 +222,7 @@ def parallelise(model, config, strategy: str, world_size: int, device: torch.dev
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, model.get_parameter(first))
         fully_shard(model, **options)
-        # the loss comes in by its own door: what is not in a block has to be gathered there too
+        # the loss does not go through model.forward: have FSDP gather what is in no block there too
         model.packed_loss = loss.forward
         register_fsdp_forward_method(model, "packed_loss")
         loss.forward = model.packed_loss
@@ -233,8 +233,8 @@ def parallelise(model, config, strategy: str, world_size: int, device: torch.dev
 
 
 def follow_rank_0(model) -> tuple[bool, dict[str, str]]:
-    """(whether the model has a plain head; which weights are others under a second name), as rank 0 finds, which has
-    the weights. On the other ranks the outline takes its dtypes. Raises ValueError where it is another model."""
+    """(whether the model has a plain head; the tied weights: second name to first), as found on rank 0, which has the
+    weights. The outlines on the other ranks take its dtypes. Raises ValueError if their names or shapes differ."""
     told = [None]
     if dist.get_rank() == 0:
         names, ties = {}, {}
@@ -243,7 +243,7 @@ def follow_rank_0(model) -> tuple[bool, dict[str, str]]:
                 ties[name] = names[p]
         try:
             plain = has_plain_head(model)
-        except Exception:  # some layers compute on a GPU alone: the longer way is right for any head
+        except Exception:  # some layers run only on a GPU: the slower path is right for any head
             plain = False
         told = [(plain, ties, {name: (tensor.dtype, tensor.shape) for name, tensor in tensors_of(model)})]
     dist.broadcast_object_list(told)
@@ -261,7 +261,7 @@ def tensors_of(model):
 
 
 def take_weights(modules, device: torch.device):
-    """The weights and buffers of rank 0, on all ranks and on this device, of these modules themselves."""
+    """Give all ranks rank 0's weights and buffers of these modules (not of their children), on this device."""
     for module in modules:
         if dist.get_rank() == 0:
             module._apply(lambda tensor: tensor.to(device), recurse=False)
@@ -305,8 +305,8 @@ class PackedLoss(torch.nn.Module):
         self.context = {} if context_group is None else {"context_group": context_group}
         computed_again = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         if plain_head and not computed_again and not compiled:
-            # What the last block makes of the other positions behind its attention, nobody reads. (A block that is
-            # computed again in the backward pass would be so without the positions, and compiled ones share a graph.)
+            # Nobody reads what the last block computes after its attention at the other positions. (Recomputed in the
+            # backward pass, a block would no longer have the positions; and compiled blocks share a graph.)
             block = blocks(model)[-1]
             for module in (getattr(block, "mlp", None), getattr(getattr(block, "self_attn", None), "o_proj", None)):
                 if goes_by_position(module, model):
@@ -341,8 +341,8 @@ class PackedLoss(torch.nn.Module):
 
 class HeadLoss(torch.autograd.Function):
     """Sum of the cross entropies of `hidden @ weight.T`: hidden (positions, hidden), weight (vocabulary, hidden),
-    targets (positions,) int64, of which -100 counts nothing. It goes by chunks of positions and takes each chunk's
-    gradient while it has its logits, so that there are never more than LOGITS of them (as Liger's fused linear cross
+    targets (positions,) int64, where -100 is ignored. It works in chunks of positions and takes each chunk's gradient
+    while it has the logits, so that no more than LOGITS of them exist at once (as Liger's fused linear cross
     entropy: Hsu et al., 2024, https://arxiv.org/abs/2410.10989).
     """
 
@@ -412,7 +412,7 @@ def has_plain_head(model) -> bool:
 
 @torch.no_grad()
 def goes_by_position(module, model) -> bool:
-    """Whether a block's part is an MLP or a linear layer that makes one tensor of one, each position for itself."""
+    """Whether a part of a block is an MLP or a linear layer that maps one tensor to one, position by position."""
     if not type(module).__name__.endswith(("MLP", "Linear")):
         return False
     width = getattr(module, "in_features", model.config.get_text_config().hidden_size)
@@ -503,10 +503,10 @@ def export(empty, weights: dict, tokenizer, stop_ids: list[int], folder: Path):
 
 
 def check_files(folder: Path):
-    """Raises ValueError unless a model folder's weights are whole; lets those read them who may read the rest."""
+    """Raises ValueError unless a model folder's weights are whole; gives them the permissions of the other files."""
     for name in weight_files(folder):
         check_size(folder / name)
-        shutil.copymode(folder / "tokenizer_config.json", folder / name)  # safetensors lets nobody else
+        shutil.copymode(folder / "tokenizer_config.json", folder / name)  # safetensors: the owner only
 
 
 def weight_files(folder: Path) -> list[str]:

@@ -28,9 +28,9 @@ def epoch_sizes(counts: list[int], weights: list[float]) -> list[int]:
 def step_examples(counts, step: int, seed: int, global_batch_size: int, weights=(1.0,)) -> np.ndarray:
     """Indices (int64) of the conversations of step `step`, from 1: a shuffled order per epoch, cut into batches.
 
-    The last batch of an epoch may be smaller. It depends on the seed and the step alone, not on the machine. `counts`:
-    how many conversations there are, of each dataset of a mixture one after the other; `weights`: passes over each in
-    an epoch. Where those are no whole numbers, an epoch goes on in a dataset where the one before ended.
+    The last batch of an epoch may be smaller. The result depends only on the seed and the step, not on the machine.
+    `counts`: the number of conversations, one per dataset for a mixture; `weights`: passes over each dataset per epoch.
+    With a fractional weight, an epoch continues in the dataset where the epoch before stopped.
     """
     counts = [counts] if isinstance(counts, int) else counts
     sizes = epoch_sizes(counts, weights)
@@ -41,16 +41,16 @@ def step_examples(counts, step: int, seed: int, global_batch_size: int, weights=
     for part, (count, size) in enumerate(zip(counts, sizes, strict=True)):
         begin = sum(sizes[:part])
         mine = (begin <= drawn) & (drawn < begin + size)
-        nth = drawn[mine] - begin + epoch * size  # of all that are ever drawn of this dataset
+        nth = drawn[mine] - begin + epoch * size  # counted over all epochs
         index = nth % max(count, 1)
-        if size % max(count, 1):  # parts of it in turn: not as it is sorted
+        if size % max(count, 1):  # epochs take parts of it in turn: not in the order of the file
             index = shuffled(index, count, seed, 2**32 + part)
         chosen[mine] = sum(counts[:part]) + index
     return chosen
 
 
 def shuffled(places: np.ndarray, examples: int, seed: int, epoch: int) -> np.ndarray:
-    """What stands at these places of the epoch's order: a permutation of range(examples) that is never written down.
+    """The indices at these places of the epoch's order: a permutation of range(examples) that is never stored.
 
     A Feistel network permutes 0..4^half_bits-1; a number that falls outside the range goes through it again ("cycle
     walking", Black and Rogaway, 2002). So a step costs the same for a thousand and for 10^8 conversations.
@@ -80,8 +80,8 @@ def pack(indices, lengths, world_size: int, max_tokens: int) -> list[list[list[i
     """Rows of conversations per rank: `rows[rank][i]` is a list of indices, empty where a rank has nothing to do.
 
     Every rank gets the same number of rows. A row holds one conversation at least, however long, and otherwise at most
-    `max_tokens` tokens. `lengths[index]` is in tokens. Longest first, each into the emptiest row: rows come out even,
-    and the i-th rows of all ranks are the most alike, as it is there that ranks wait for each other.
+    `max_tokens` tokens. `lengths[index]` is in tokens. Longest first, each into the emptiest row, makes the rows even;
+    the i-th rows of all ranks are the most alike, because that is where ranks wait for each other.
     """
     sizes = np.asarray(lengths[np.asarray(indices, dtype=np.int64)], dtype=np.int64)
     longest_first = np.argsort(-sizes, kind="stable")
@@ -112,7 +112,7 @@ def slice_of(tokens: int, part: int, parts: int) -> slice:
 
 
 def cost(row: list[int], lengths) -> float:
-    """Work of a row in tokens: attention grows with the square of a document; it equals the rest at some 8k tokens."""
+    """Work of a row in tokens: attention grows with the square of a document and equals the rest at about 8k tokens."""
     return sum(float(lengths[i]) * (1 + float(lengths[i]) / 8192) for i in row)
 
 

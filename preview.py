@@ -1,8 +1,8 @@
-"""See what a configuration trains, before the run: conversations, the trained parts marked; figures, memory, problems.
+"""Show, before the run, what a configuration trains: conversations, trained parts marked; figures, memory, problems.
 
 python preview.py configs/squad.yaml [KEY=VALUE ...] [--world-size 64] [--html preview.html] [--json]
 
-Needs no GPU. The exit code is 1 where something would stop the run, each such thing a line under "problems".
+Needs no GPU. The exit code is 1 if something would stop the run; each such thing is a line under "problems".
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main():
     parser.add_argument("--gpu-memory", type=float, help="GiB of each GPU; default: of the GPU here, else 80")
     parser.add_argument("--samples", type=int, default=3, help="conversations of the first step to show (default 3)")
     parser.add_argument("--ids", action="store_true", help="list their tokens with their ids")
-    parser.add_argument("--html", metavar="FILE", help="write the report as a page, too")
+    parser.add_argument("--html", metavar="FILE", help="also write the report as an HTML page")
     parser.add_argument("--json", action="store_true", help="print figures and problems as JSON and nothing else")
     options = parser.parse_intermixed_args()
     arguments = options.arguments + (["--config", options.config] if options.config else [])
@@ -64,13 +64,13 @@ def main():
 
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
     return int(text)
 
 
 @contextlib.contextmanager
 def problem(report: dict):
-    """What would stop the run is noted instead."""
+    """An error that would stop the run is noted instead of raised."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -257,7 +257,7 @@ def batches(cfg, examples, world_size: int) -> dict:
 
 
 def notes(cfg, report: dict) -> list[str]:
-    """What does not stop the run, and what one would rather know."""
+    """What does not stop the run, but is worth knowing."""
     found = []
     for split in ("train", "validation"):
         part = report.get(split, {})
@@ -389,7 +389,7 @@ def too_large(cfg, needs: dict) -> str:
         mends.append("parallel.strategy=fsdp over more GPUs" if needs["strategy"] == "ddp" else "more GPUs")
     return (
         f"a GPU would need {needs['total_gib']:,} GiB for {needs['model_weights']:,} weights and rows of "
-        f"{needs['row_tokens']:,} tokens, and may fill {needs['gpu_gib']:,}; try {', '.join(mends) or 'larger GPUs'}"
+        f"{needs['row_tokens']:,} tokens, but may use {needs['gpu_gib']:,}; try {', '.join(mends) or 'larger GPUs'}"
     )
 
 
@@ -481,7 +481,7 @@ def visible(text: str) -> str:
 
 def terminal(sample: Sample, colour: bool, ids: bool) -> str:
     """Trained parts stand in ⟦ ⟧, green where there is colour; special tokens are magenta."""
-    out, open_ = [f"--- {sample.title}; trained is what stands in ⟦ ⟧\n"], False
+    out, open_ = [f"--- {sample.title}; the trained text is in ⟦ ⟧\n"], False
     for text, trained, special in sample.pieces:
         if trained != open_:
             out.append("⟦" if trained else "⟧")

@@ -30,7 +30,7 @@ class Encoded(NamedTuple):
 def render(chat_template: str, messages: list[dict], tools: list[dict] | None = None, **variables) -> Rendered:
     """The text of a conversation as `apply_chat_template` writes it, and what the assistant has to say in it.
 
-    `variables` are what the template reads besides: `bos_token`, `eos_token`, `enable_thinking`, ... A span begins
+    `variables`: what else the template reads: `bos_token`, `eos_token`, `enable_thinking`, ... A span begins
     where the generation prompt ends and ends with the end-of-turn text. Raises ValueError where that cannot be known.
     """
     text, turns = render_turns(chat_template, messages, tools, **variables)
@@ -40,8 +40,8 @@ def render(chat_template: str, messages: list[dict], tools: list[dict] | None = 
 def render_turns(chat_template, messages, tools=None, **variables) -> tuple[str, list[tuple[int, int, int]]]:
     """As `render`, with the message that each span belongs to: (index in `messages`, start, end), in order.
 
-    Every character of the text knows whose value it is and which message the template was busy with when it printed it
-    (see tracing.py). Trained is what an assistant message printed of its own, behind the generation prompt.
+    For every character it is known whose value it is, and which message the template was processing when it printed it
+    (see tracing.py). What an assistant message printed of its own, after the generation prompt, is trained.
     """
     compiled = compile_template(chat_template)
     chat = Chat(compiled, [prepared(message) for message in messages], tools, variables)
@@ -69,7 +69,7 @@ def render_turns(chat_template, messages, tools=None, **variables) -> tuple[str,
             if end <= segment.start < turns[k + 1][1] or segment.start < end < segment.end
         ]
         if gap and not text[end : turns[k + 1][1]].strip() and all(segment.printer == i for segment in gap):
-            turns[k] = (i, start, turns[k + 1][1])  # no prompt is fed in between, so that it is said as well
+            turns[k] = (i, start, turns[k + 1][1])  # no prompt is fed in between, so the model writes it too
     return text, turns
 
 
@@ -133,7 +133,7 @@ class Chat:
             asked, told = self.chunks(messages, True), self.chunks(messages, False)
         except ValueError:
             return None
-        # what is printed behind the messages: more than the prompt, where the template always ends with some text
+        # what is printed after the messages: more than the prompt, where the template always ends with some text
         text = tracing.joined(asked)
         same = common(asked, told)
         asked, told = "".join(asked[same:]), "".join(told[same:])
@@ -184,7 +184,7 @@ def turn_spans(chat: Chat, text: str, segments: list[Segment], i: int) -> list[t
             "tool",
             "function",
         ):
-            chat.refuse(i, "within the turn stands a text that is not part of it", text, segment.start)
+            chat.refuse(i, "the turn contains text that is not part of it", text, segment.start)
     if spans:
         spans[-1][1] = turn_end(chat, text, segments, i, own, spans[-1][0])
     return [(i, start, end) for start, end in spans if start < end]
@@ -286,7 +286,7 @@ def tagged_spans(chat: Chat, text: str, segments: list[Segment]) -> list[tuple[i
             turn = chat.assistants[-1]
         if turn not in chat.assistants:
             raise ValueError(
-                f"a {{% generation %}} block holds what is no assistant's, at character {segment.start} "
+                f"a {{% generation %}} block holds text that is not an assistant's, at character {segment.start} "
                 f"({text[segment.start : segment.start + 40]!r})"
             )
         if segment.source not in (tracing.LITERAL, 2 * turn, 2 * turn + 1):
@@ -368,7 +368,7 @@ def encode(tokenizer, messages, tools=None, chat_template=None, train_on="all") 
 
     The text is tokenised in pieces that begin where the assistant begins to speak: so the ids before a turn are those
     that inference feeds for it. `chat_template`: Jinja text; None: the tokenizer's. `train_on`: all assistant turns or
-    the last; a message's own `"train": false` or `"weight": 0` is always kept. Raises ValueError, as `render`.
+    the last; a message's own `"train": false` or `"weight": 0` is always obeyed. Raises ValueError, as `render`.
     """
     chat_template = chat_template or tokenizer.chat_template
     if not isinstance(chat_template, str):
@@ -416,7 +416,7 @@ def is_trained(message: dict, chosen: bool, index: int) -> bool:
 
 
 def with_bos(tokenizer, chat_template: str) -> str:
-    """The template that is saved with the model: it writes the BOS that `encode` puts in front where it has none."""
+    """The template that is saved with the model: if it writes no BOS but `encode` adds one, it gets one."""
     try:
         text = compile_template(chat_template).plain.render(
             messages=[{"role": "user", "content": "Hi"}],

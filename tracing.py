@@ -3,8 +3,8 @@
 A run is (length, tag), a tag (source, printer, block), three ints:
   source    whose value it is: 2 * message, or 2 * message + 1 for what only labels it (its role, a name, a key); else
             LITERAL (the template's own text, or a variable), FOREIGN (a tool's description) or LOST
-  printer   the message that the template was busy with when it printed it; NOBODY; or, below NOBODY, only a hint:
-            -2 - message was busy when the text was put together, and whoever prints it overrules that
+  printer   the message that the template was processing when it printed it; NOBODY; or, below NOBODY, only a hint:
+            -2 - the message being processed when the text was put together; whoever prints it overrules that
   block     the {% generation %} block that it stands in, counted from 1; 0: none
 """
 
@@ -217,7 +217,7 @@ def tags_in(value) -> set:
 
 
 def whole(text: str, origin) -> Traced:
-    """Text that was made of `origin` in a way that is not followed: known where all of that is of one message."""
+    """Text made from `origin` in a way that is not followed: its source is known if `origin` is all of one message."""
     sources = {tag[0] for tag in tags_in(origin)}
     found = {source & ~1 if source >= 0 else source for source in sources} - {LITERAL}
     source = LITERAL if not found else found.pop() if len(found) == 1 else LOST
@@ -284,7 +284,7 @@ def emit(value, *candidates):
 
 
 def assign(value, *candidates):
-    """A value that is only kept: who was at work is a hint, for the case that nobody is when it is printed."""
+    """A value that is stored, not printed: the current message is a hint, used if there is none at printing."""
     if not isinstance(value, str):
         return value
     return hinted(value, runs_of(value), {owner(candidates)} - {NOBODY})
@@ -306,7 +306,7 @@ def follow(node, candidates=()):
     if isinstance(node, nodes.For):
         node.iter = follow(node.iter, candidates)
         node.test = follow(node.test, candidates) if node.test else None
-        # `loop` is another one inside, so what is found by it is no longer
+        # inside, `loop` is the inner loop: candidates found through the outer one no longer hold
         outer = [c for c in candidates if not any(name.name == "loop" for name in c.find_all(nodes.Name))]
         names = names_in(node.target)
         by_name, by_loop = owners_by_index(node.body, names)
@@ -462,7 +462,7 @@ def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=Fa
     return whole(text, value) if tags_in(value) else text
 
 
-# Jinja's own that hand on the values they are given, or call a method of theirs
+# Jinja's own filters that pass on the values they are given, or call a method of them
 KEEPING = {
     *("abs", "attr", "batch", "capitalize", "count", "d", "default", "dictsort", "first", "float", "groupby", "int"),
     *("items", "last", "length", "list", "lower", "map", "max", "min", "random", "reject", "rejectattr", "reverse"),

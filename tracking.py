@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 
 class Tracker:
-    """Used on rank 0. `start` is the step that the run goes on from: figures of later steps are of a lost try."""
+    """Used on rank 0. `start`: the step that the run resumes from; later figures, of a lost attempt, are dropped."""
 
     def __init__(self, config, config_dict: dict, config_text: str, output_dir: Path, start: int, steps: int):
         self.path = output_dir / "metrics.jsonl"
@@ -65,7 +65,7 @@ class Tracker:
         sys.stdout.flush()
 
     def flush(self):
-        """All figures so far on the disk: a checkpoint that is whole has them behind it."""
+        """Put all figures so far on disk, so that no whole checkpoint is ahead of them."""
         os.fsync(self.file.fileno())
         if self.tensorboard:
             self.tensorboard.flush()

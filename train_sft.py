@@ -52,7 +52,7 @@ def main():
             if rank == 0:
                 print(
                     f"{output_dir} holds a finished run; its model is in {output_dir / 'model'}. To train again, name "
-                    "another output_dir or delete it; to train on, raise train.max_steps."
+                    "another output_dir or delete this one; to train further, raise train.max_steps."
                     + f" To add the adapter to its base: python checkpoint.py {output_dir / 'model'} A-FOLDER"
                     * (output_dir / "model/adapter_config.json").is_file()
                 )
@@ -62,10 +62,10 @@ def main():
         prepared = prepare(cfg, rank, local_rank)
         if world_size > 1:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            # Who waits for whom, and for how long, is the watchdog's business: it names the rank
+            # So long because hangs are the watchdog's business: it names the rank
             dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
         lock = take_output_dir(cfg, output_dir, rank)
-        # Nobody else writes there any more; and all ranks go on from the checkpoint that rank 0 sees
+        # From here on nobody else writes there, and all ranks resume from the checkpoint that rank 0 sees
         found = [checkpoint.where_to_start(configuration.to_dict(cfg))[0] if rank == 0 else None, prepared.to_score]
         if world_size > 1:
             dist.broadcast_object_list(found)
@@ -109,7 +109,7 @@ def configuration_error(message: str):
 
 
 def launch(cfg) -> tuple[int, int, int]:
-    """(rank, local_rank, world_size) as torchrun set them; without torchrun, start it where more than one is asked."""
+    """(rank, local_rank, world_size) as torchrun set them; without torchrun, start it if more than one is asked for."""
     processes, nodes = cfg.cluster.gpus_per_node, cfg.cluster.num_nodes
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         if (nodes or 1) > 1:
@@ -132,8 +132,8 @@ def launch(cfg) -> tuple[int, int, int]:
 
 
 def start_processes(processes: int, output_dir: Path) -> int:
-    """What `torchrun --nproc_per_node` does, in this process. Returns the exit code: 0 where the run was asked to stop
-    and has saved, which torchrun itself ends with 1 and a traceback."""
+    """What `torchrun --nproc_per_node` does, in this process. Returns the exit code: 0 if the run was asked to stop
+    and has saved, where torchrun itself would exit with 1 and a traceback."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -161,7 +161,7 @@ def take_output_dir(cfg, output_dir: Path, rank: int):
         if not (output_dir / ".lock").is_file() or (output_dir / ".lock").read_text(encoding="utf-8") != mark[0]:
             raise ValueError(
                 f"output_dir = {cfg.output_dir!r} on {socket.gethostname()} is not the folder that the first machine "
-                "writes; name one on storage that all machines share"
+                "writes to; name one on storage that all machines share"
             )
         dist.barrier()
     return lock
@@ -181,7 +181,7 @@ def lock_output_dir(cfg, output_dir: Path):
             return lock
         except BlockingIOError:
             if second == 2:
-                print(f"waiting for another process that writes into {output_dir} to end", flush=True)
+                print(f"waiting for another process that is writing to {output_dir} to end", flush=True)
             time.sleep(1)
         except OSError:
             return lock  # a file system without locks
@@ -201,12 +201,12 @@ def check_data(folder: Path | None, train_set) -> int:
 
 
 def check_base(folder: Path, name: str, base: str | None):
-    """Raises ValueError where the weights below a checkpoint's adapter were others than they are now."""
+    """Raises ValueError if the base weights of a checkpoint's adapter have changed since it was saved."""
     before = json.loads((folder / "metrics.json").read_text(encoding="utf-8")).get("base")
     if before != base:
         raise ValueError(
-            f"{folder} holds an adapter that was trained on model.name = {name!r} as it was ({before}), and it is "
-            f"another now ({base}): bring back the weights as they were (of the Hub: model.revision={before})"
+            f"{folder} holds an adapter that was trained on model.name = {name!r} at {before}, and that is now "
+            f"{base}: bring back the weights as they were (from the Hub: model.revision={before})"
         )
 
 
@@ -219,7 +219,7 @@ def barrier():
 
 
 class Prepared(NamedTuple):
-    """`stop_ids` end a turn; `to_score`: what is asked at the first and the last validation."""
+    """`stop_ids`: tokens that end a turn; `to_score`: questions scored at the first and the last validation."""
 
     tokenizer: object
     train_set: data.Examples
@@ -273,7 +273,7 @@ def prepare(cfg, rank: int, local_rank: int) -> Prepared:
 
 
 def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | None, watchdog, began: float):
-    """`folder`: the checkpoint to go on from, or None; `began`: when this process did, for `must_save_by`."""
+    """`folder`: the checkpoint to go on from, or None; `began`: when this process started, for `must_save_by`."""
     rank, local_rank, world_size = ranks
     tokenizer, train_set, validation_set, stop_ids, to_score = prepared
     output_dir = Path(cfg.output_dir)
@@ -394,12 +394,12 @@ def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | N
 
     model.train()
     if isinstance(parallel_model, DistributedDataParallel):
-        # DDP cuts its buckets anew after its first backward pass, and sums then round otherwise: a pass over an empty
-        # row, which changes nothing, so that the first step of a start is computed as it is in the middle of a run
+        # DDP rebuilds its buckets after its first backward pass, and sums then round differently. So make a pass over
+        # an empty row, which changes nothing: the first step after a start is then computed as in the middle of a run
         forward_backward(parallel_model, [[]], functools.partial(collate, train_set), autocast, 1.0)
         optimizer.zero_grad(set_to_none=True)
     watchdog.may_stop_at_once = False
-    slowest = 0.0  # seconds of a step with all that follows it
+    slowest = 0.0  # seconds of a step, with its validation and saving
     for step in range(start + 1, steps + 1):
         clock = time.perf_counter()
         writer.done()  # raises where the disk is full
@@ -526,7 +526,7 @@ def name_the_broken(step, loss, grad_norm, rows, losses, train_set, world_size):
     numbers = ", ".join(f"{name}{train_set.rows[i]}" for name, i in zip(names, sorted(named), strict=False))
     raise FloatingPointError(
         f"step {step}: the loss is {loss} and the gradient norm {grad_norm}; the weights are as after step {step - 1}. "
-        f"Rows of the training split in it: {numbers}. Lower train.learning_rate, or look at these rows"
+        f"Rows of the training split in this step: {numbers}. Lower train.learning_rate, or look at these rows"
     )
 
 
@@ -552,7 +552,7 @@ def samples(asked, answers, tokenizer, tracker, step: int):
 
 if __name__ == "__main__":
     main()
-    # All is written. Threads of the process groups that outlive the interpreter have aborted runs that had finished
+    # Everything is written. Process group threads that outlive the interpreter have aborted runs that had finished
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

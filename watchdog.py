@@ -1,4 +1,4 @@
-"""A thread on each rank that hears signals, and ends the run within seconds where a rank fails, hangs or is gone."""
+"""A thread on each rank that receives signals, and ends the run within seconds if a rank fails, hangs or is gone."""
 
 import datetime
 import json
@@ -18,7 +18,7 @@ import checkpoint
 
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
 GONE_AFTER = 60  # seconds without a sign of life from a process: stopped, swapped out, or its machine is dead
-GONE = "ended without a word, as a killed process does (was the memory enough?)"
+GONE = "ended without a word, as a killed process does (out of memory?)"
 CONSEQUENCE = re.compile(
     r"\b(gloo|nccl|connection (closed|reset|refused)|broken pipe|socket|tcpstore)\b", re.IGNORECASE
 )
@@ -50,11 +50,11 @@ class Watchdog:
     # ---- what the main thread calls ----
 
     def at(self, place: str):
-        """Note what this rank is about to do, as "row 3 of 8": a hung rank is the one that got least far."""
+        """Note what this rank is about to do, as "row 3 of 8": the hung rank is the one that got least far."""
         self.count, self.place, self.since = self.count + 1, place, time.monotonic()
 
     def alive(self):
-        """Progress that cannot be seen from here, as in waiting for the disk."""
+        """Note progress that `at` does not see, as while waiting for the disk."""
         self.since = time.monotonic()
 
     def fail(self, message: str, error: BaseException):
@@ -218,7 +218,7 @@ class Watchdog:
 
 
 def connect() -> dist.TCPStore:
-    """torchrun's own store. One connection per thread: a get that waits keeps its connection."""
+    """torchrun's own store. One connection per thread: a get that waits blocks its connection."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return dist.TCPStore(address, port, is_master=False, timeout=datetime.timedelta(days=7))
 

@@ -77,7 +77,7 @@ def test_many_processes_write_the_tokens_of_one(tmp_path):
         ("{}", "of no format"),
         ('{"messages": []}', 'no "messages"'),
         (json.dumps({"messages": [{"role": "robot", "content": "x"}]}), "role 'robot'"),
-        (json.dumps({"messages": [{"role": "user", "content": 3}]}), "no text"),
+        (json.dumps({"messages": [{"role": "user", "content": 3}]}), "neither text"),
         (json.dumps(chat("a \ud83d", "b")), r"half a character \('\\ud83d'\)"),
         (json.dumps({"messages": [{"role": "user", "content": "x"}]}), "no assistant turn"),
     ],

@@ -93,8 +93,8 @@ def test_a_row_far_down_that_fits_two_formats_is_found(tmp_path):
 @pytest.mark.parametrize(
     "row, reason",
     [
-        ({"prompt": "a", "completion": 3}, "'completion' is '3', which is no text"),
-        ({"conversations": [{"from": "robot", "value": "a"}]}, "nobody knows who 'robot' is"),
+        ({"prompt": "a", "completion": 3}, "'completion' is '3', which is not text"),
+        ({"conversations": [{"from": "robot", "value": "a"}]}, "the speaker 'robot' is unknown"),
         ({"conversations": [{"from": "human", "value": None}]}, r"conversations\[0\]: the value"),
         ({"conversations": [{"from": "function_call", "value": "{"}]}, r"conversations\[0\]: is not valid JSON"),
         ({"messages": [ASK, ANSWER], "images": ["a.png"]}, "'images': only text is trained"),

@@ -35,7 +35,7 @@ def test_the_report_shows_what_is_trained_and_starts_nothing(tmp_path):
     marked = re.findall(r'<span class="trained(?: special)?">(.*?)</span>', page.read_text(), re.S)
     assert "".join(marked[1:]).count("&lt;|im_end|&gt;") == len([part for part in trained if part != " "])
     listed = re.findall(r"^ +\d+ +\d+ +(trained|-) ", text, re.M)
-    assert listed.count("trained") == sum(map(int, re.findall(r"(\d+) trained; trained is", text)))
+    assert listed.count("trained") == sum(map(int, re.findall(r"(\d+) trained; the trained text is", text)))
     assert not (tmp_path / "out").exists()
 
 
