@@ -1,6 +1,5 @@
 """Attention within the documents of a packed row, also where several ranks share the row (context parallelism)."""
 
-import itertools
 import math
 
 import torch
@@ -38,16 +37,24 @@ def choose(config, device: torch.device) -> str:
     return "eager" if config.attention == "eager" else "document_varlen" if varlen else "document_sdpa"
 
 
+class Documents:
+    """Where the documents of a packed row are: `ends`, a list of their ends; `starts`, 0 and the ends, int32
+    (documents + 1,), on the model's device. (No tuple and no tensor: FSDP would move the ends to the GPU, and reading
+    them there waits for all that is queued; and a compiled block would be compiled anew for each number of them.)"""
+
+    def __init__(self, ends: list[int], starts: torch.Tensor):
+        self.ends, self.starts = ends, starts
+
+
 def attend(
-    kernel, module, query, key, value, scaling=None, dropout=0.0, sliding_window=None, document_ends=None,
-    document_starts=None, context_group=None, **others,
+    kernel, module, query, key, value, scaling=None, dropout=0.0, sliding_window=None, documents=None,
+    context_group=None, **others,
 ) -> torch.Tensor:  # fmt: skip
-    """query (1, heads, tokens, head_dim); key and value with as many heads or fewer. `document_ends`, int64
-    (documents,), on the CPU, and `document_starts`, int32 (documents + 1,), 0 and the ends; without them the row is one
-    document. `context_group`: the ranks that share the row; each brings its `packing.slice_of` the tokens, while the
-    documents are the whole row's. Returns (1, tokens, heads, head_dim). Raises ValueError for a model that needs more
-    than that."""
-    ends = [query.shape[2]] if document_ends is None else document_ends.tolist()
+    """query (1, heads, tokens, head_dim); key and value with as many heads or fewer. `documents`: None, the row is one.
+    `context_group`: the ranks that share the row; each brings its `packing.slice_of` the tokens, while the documents
+    are the whole row's. Returns (1, tokens, heads, head_dim). Raises ValueError for a model that needs more than that.
+    """
+    ends = [query.shape[2]] if documents is None else documents.ends
     lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
     refuse_unknown(module, others, max(lengths))
     kind = query.device.type
@@ -55,7 +62,8 @@ def attend(
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
     if context_group is not None:
         query, key, value = tokens_for_heads(query, key, value, ends[-1], context_group)
-    output = kernel(query, key, value, lengths, document_starts, scaling, dropout, sliding_window)
+    starts = None if documents is None else documents.starts
+    output = kernel(query, key, value, lengths, starts, scaling, dropout, sliding_window)
     return output if context_group is None else heads_for_tokens(output, context_group)
 
 
@@ -76,6 +84,9 @@ def refuse_unknown(module, others: dict, longest: int):
 
 
 def sdpa_per_document(query, key, value, lengths: list[int], starts, scale, dropout: float, window: int | None):
+    if query.is_cuda and (query.dtype == torch.float32 or window):
+        # there SDPA's fast kernels want as many key heads, and the slow one keeps a matrix of all scores
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     outputs = []
     # (split: the gradient of slices would be a whole row of zeros for each document)
     for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
@@ -93,7 +104,7 @@ def varlen(query, key, value, lengths: list[int], starts, scale, dropout: float,
     if dropout:
         raise ValueError("this model has attention dropout, which varlen does not; set model.attention=sdpa")
     if starts is None:
-        starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=query.device)
+        starts = torch.tensor([0, *lengths], dtype=torch.int32, device=query.device)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, head_dim)
     options = {"scale": scale, "window_size": (window - 1 if window else -1, 0)}
     options["enable_gqa"] = q.shape[1] != k.shape[1]

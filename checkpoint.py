@@ -277,6 +277,10 @@ class Writer:
         self.stager = (
             DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False)) if asynchronous else None
         )
+        if self.stager:  # small tensors share pages, which can be pinned but once
+            self.stager._state_dict_stager.pin_memory_min_bytes = 2**20
+        # the thread's, or what it does would wait for the training's, and take memory of the machine's first GPU
+        self.stream = torch.cuda.Stream() if asynchronous and torch.cuda.is_available() else None
         # a group of its own: its messages run beside the loop's
         self.group = (
             dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1)) if dist.is_initialized() else None
@@ -313,7 +317,8 @@ class Writer:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         final, began = self.folder / f"step_{step:08d}", time.monotonic()
         try:
-            self.write(step, state, figures, final)
+            with torch.cuda.stream(self.stream):
+                self.write(step, state, figures, final)
             self.slowest = max(self.slowest, time.monotonic() - began)
         except (Exception, CheckpointException) as error:
             free = "unknown"

@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+import attention
 import formats
 import packing
 import templates
@@ -639,11 +640,11 @@ def fingerprint(rows) -> str:
 def collate(examples: Examples, row: list[int], device="cpu", part: int = 0, parts: int = 1) -> dict:
     """A packed row: documents one after the other.
 
-    input_ids, position_ids (1, tokens) int64, positions that start at 0 in each document; document_ends: where each
-    document ends, (documents,) int64, on the CPU; document_starts: 0 and the ends, (documents + 1,) int32; positions
-    (supervised,) int64: where in the row a trained token has to be predicted; targets (supervised,) int64: that token.
-    The first token of a document is never predicted. A row without documents is one token that trains nothing:
-    one target of -100. Where `parts` ranks share the row, tokens and positions are those in the `part`-th slice of it.
+    input_ids, position_ids (1, tokens) int64, positions that start at 0 in each document; documents: an
+    `attention.Documents`; positions (supervised,) int64: where in the row a trained token has to be predicted; targets
+    (supervised,) int64: that token. The first token of a document is never predicted. A row without documents is one
+    token that trains nothing: one target of -100. Where `parts` ranks share the row, tokens and positions are those in
+    the `part`-th slice of it.
     """
     none = np.array([templates.IGNORE_INDEX])
     documents = [examples[i] for i in row]
@@ -666,8 +667,7 @@ def collate(examples: Examples, row: list[int], device="cpu", part: int = 0, par
     return {
         "input_ids": tensor(input_ids)[None],  # (1, tokens)
         "position_ids": tensor(position_ids)[None],  # (1, tokens)
-        "document_ends": torch.tensor(ends),  # (documents,)
-        "document_starts": tensor([0, *ends], torch.int32),  # (documents + 1,)
+        "documents": attention.Documents(ends, tensor([0, *ends], torch.int32)),
         "positions": tensor(positions),  # (supervised,)
         "targets": tensor(labels[positions]),  # (supervised,)
     }

@@ -87,6 +87,7 @@ def score(questions: list[Question], answers: list[str], names: list[str]) -> di
 # ---- answers ---------------------------------------------------------------------------------------------------------
 
 
+@torch.compiler.set_stance("force_eager")  # a graph for each length and layer would use up those of the training
 @torch.no_grad()
 def generate(
     model, prompts: list[list[int]], max_new_tokens: int, stop_ids: list[int], alive=lambda: None, **sampling

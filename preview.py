@@ -304,6 +304,8 @@ def memory(cfg, tokenizer, world_size: int, gpu_gib: float, row: dict) -> dict:
         vocabulary = model.get_input_embeddings().num_embeddings
         weights, trained = counts(model)
         (in_block, trained_in_block), in_blocks = counts(modelling.blocks(model)[0]), counts(modelling.blocks(model))
+        head = model.get_output_embeddings().weight
+        trained_head = head.numel() if head.requires_grad else 0
         root, trained_root = weights - in_blocks[0], trained - in_blocks[1]
         strategy = modelling.choose_strategy(cfg.parallel.strategy, model, world_size, gpu_gib * GIB)
         sharded = strategy == "fsdp" and world_size > 1
@@ -327,7 +329,8 @@ def memory(cfg, tokenizer, world_size: int, gpu_gib: float, row: dict) -> dict:
             else 0
         ),
         "activations": activations,
-        "loss_gradient": (4 + size) * min(supervised * vocabulary, modelling.HeadLoss.LOGITS),  # a chunk's
+        # a chunk's logits and their logarithms in float32, and what it adds to the output layer's gradient
+        "loss_gradient": 8 * min(supervised * vocabulary, modelling.HeadLoss.LOGITS) + size * trained_head,
     }
     gib = {name: round(count / GIB, 2) for name, count in parts.items()}
     return {
@@ -365,12 +368,10 @@ def saved_bytes(model, tokens: int, supervised: int, autocast: torch.dtype | Non
         torch.autocast("cpu", dtype=autocast) if cast else contextlib.nullcontext(),
     ):
         positions = torch.zeros(max(1, supervised), dtype=torch.long)
-        starts = torch.tensor([0, tokens], dtype=torch.int32)
         batch = {
             "input_ids": ids,
             "position_ids": ids,
-            "document_ends": torch.tensor([tokens]),
-            "document_starts": starts,
+            "documents": None,
         }
         modelling.PackedLoss(model, plain_head=True)({**batch, "positions": positions, "targets": positions})
     return sum(count for count, _ in kept.values())

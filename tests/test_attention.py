@@ -7,6 +7,7 @@ import attention
 import packing
 
 HEADS, TOKENS, ENDS = 6, 23, [9, 10, 23]
+ROW = attention.Documents(ENDS, torch.tensor([0, *ENDS], dtype=torch.int32))
 
 
 def inputs(key_heads):
@@ -29,9 +30,7 @@ def attended(query, key, value, ends, window):
 @pytest.mark.parametrize("key_heads", [1, 2, 6])
 def test_a_token_attends_to_its_own_document_up_to_itself(key_heads, window):
     made = inputs(key_heads)
-    output, _ = attention.document_sdpa(
-        torch.nn.Module(), *made, None, sliding_window=window, document_ends=torch.tensor(ENDS)
-    )
+    output, _ = attention.document_sdpa(torch.nn.Module(), *made, None, sliding_window=window, documents=ROW)
     torch.testing.assert_close(output, attended(*made, ENDS, window))
 
 
@@ -45,7 +44,7 @@ def one_rank(rank, path, ranks):
     for key_heads, window in CASES:
         made = [x[:, :, mine].clone().requires_grad_() for x in inputs(key_heads)]
         output, _ = attention.document_sdpa(
-            torch.nn.Module(), *made, None, sliding_window=window, document_ends=torch.tensor(ENDS), **shared
+            torch.nn.Module(), *made, None, sliding_window=window, documents=ROW, **shared
         )
         output.square().sum().backward()
         saved.append([output.detach(), *(x.grad for x in made)])
@@ -70,9 +69,9 @@ def test_a_document_longer_than_a_models_attention_chunk_is_refused():
     query = torch.zeros(1, 2, 6, 4)
     module = torch.nn.Module()
     module.config = LlamaConfig(attention_chunk_size=5)
-    attention.document_sdpa(module, query, query, query, None, document_ends=torch.tensor([5, 6]))
+    attention.document_sdpa(module, query, query, query, None, documents=attention.Documents([5, 6], None))
     with pytest.raises(ValueError, match="chunks of 5 tokens, and a document has 6: set data.max_seq_length"):
-        attention.document_sdpa(module, query, query, query, None, document_ends=torch.tensor([6]))
+        attention.document_sdpa(module, query, query, query, None, documents=None)
 
 
 @pytest.mark.parametrize("key_heads", [2, 6])
@@ -91,25 +90,21 @@ def test_the_kernel_for_gpus_is_called_as_it_defines_its_arguments(monkeypatch, 
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     made = inputs(key_heads)
-    wanted, _ = attention.document_sdpa(
-        torch.nn.Module(), *made, None, sliding_window=window, document_ends=torch.tensor(ENDS)
-    )
-    output, _ = attention.document_varlen(
-        torch.nn.Module(), *made, None, sliding_window=window, document_ends=torch.tensor(ENDS)
-    )
+    wanted, _ = attention.document_sdpa(torch.nn.Module(), *made, None, sliding_window=window, documents=ROW)
+    output, _ = attention.document_varlen(torch.nn.Module(), *made, None, sliding_window=window, documents=ROW)
     torch.testing.assert_close(output, wanted)
     with torch.autocast("cpu", dtype=torch.bfloat16):  # rotary embeddings hand over float32
-        attention.document_varlen(torch.nn.Module(), *made, None, document_ends=torch.tensor(ENDS))
+        attention.document_varlen(torch.nn.Module(), *made, None, documents=ROW)
     assert called[0][1:4] == (torch.int32, [0, *ENDS], 13) and called[1][0] == torch.bfloat16
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("window", [None, 4])
 def test_on_a_gpu_both_kernels_give_the_same_output_and_gradients(window):
-    results = []
+    results, row = [], attention.Documents(ENDS, ROW.starts.cuda())
     for kernel in (attention.document_sdpa, attention.document_varlen):
         made = [x.to("cuda", torch.bfloat16).requires_grad_() for x in inputs(2)]
-        output, _ = kernel(torch.nn.Module(), *made, None, sliding_window=window, document_ends=torch.tensor(ENDS))
+        output, _ = kernel(torch.nn.Module(), *made, None, sliding_window=window, documents=row)
         output.float().square().sum().backward()
         results.append([output.detach(), *(x.grad for x in made)])
     for one, other in zip(*results, strict=True):

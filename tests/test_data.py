@@ -36,7 +36,7 @@ def test_the_batch_that_reaches_the_model_has_labels_on_the_answers_alone(tmp_pa
     assert TOKENIZER.decode(labels[trained]) == "First.<|im_end|>Second.<|im_end|>Third.<|im_end|>"
     before = [ids[i].item() for i in trained if labels[i - 1] == -100]
     assert TOKENIZER.decode(before) == "\n\n\n" and (labels == end).sum() == 3  # the first is fed "assistant\n"
-    assert labels[batch["document_ends"][0] - 1] == -100 == labels[-1]
+    assert labels[batch["documents"].ends[0] - 1] == -100 == labels[-1]
 
 
 def test_a_conversation_of_the_maximal_length_is_kept_and_one_more_is_overlong(tmp_path):

@@ -1,8 +1,10 @@
 """Answers and their scores, by function and by the command."""
 
+import functools
 import json
 
 import pytest
+import torch
 from running import metrics, script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
@@ -135,3 +137,17 @@ def test_what_is_asked_is_the_last_turn_whether_it_is_trained_or_not():
     questions, places = evaluate.make_questions([entry], tokenizer, tokenizer.chat_template, [2], 2)
     assert [q.reference for q in questions] == ["In Peru.", "In Norway."] and places == [(0, 0, None), (0, 1, None)]
     assert tokenizer.decode(questions[0].prompt).endswith("And Lima?<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_answers_use_up_no_graphs_of_a_compiled_model(memorised):
+    model = modelling.open_saved(memorised / "model", torch.float32, "document_sdpa")
+    compiled = functools.partial(torch.nn.Module.compile, backend="eager")
+    for block in modelling.blocks(model):
+        compiled(block, dynamic=True)
+    graphs = torch._dynamo.utils.counters["stats"]
+    torch._dynamo.reset()
+    before = graphs["unique_graphs"]
+    evaluate.generate(model, [[5, 6, 7]], 4, [2])
+    assert modelling.keeps_documents_apart(model, torch.float32) and graphs["unique_graphs"] == before
+    model(torch.arange(9)[None], use_cache=False)
+    assert graphs["unique_graphs"] > before

@@ -166,7 +166,7 @@ def test_documents_are_kept_apart_and_a_leak_is_found():
 
 
 def leaking(module, query, key, value, attention_mask, **kwargs):
-    return attention.document_sdpa(module, query, key, value, None, **{**kwargs, "document_ends": None})
+    return attention.document_sdpa(module, query, key, value, None, **{**kwargs, "documents": None})
 
 
 AttentionInterface.register("sdpa_leaking", leaking)
