@@ -8,6 +8,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -258,13 +259,19 @@ def from_hub(key: str, name: str):
     constants = huggingface_hub.constants
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError, huggingface_hub.errors.StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:300]
+        if isinstance(error, ValueError) and re.match(r"(model|tokenizer|parallel)\.", reason):
+            raise  # it says which key
+        if Path(name).exists():
+            raise ValueError(f"{key} = {name!r} cannot be read as a model's folder: {reason}") from error
+        if isinstance(error, ValueError):
+            raise ValueError(f"{key} = {name!r}: {reason}") from error
         offline = " (HF_HUB_OFFLINE is set: only the cache is looked at)" if constants.HF_HUB_OFFLINE else ""
         raise ValueError(
             f"{key} = {name!r} could not be read: there is no such folder, and neither {constants.ENDPOINT}{offline} "
             f"nor the cache {constants.HF_HOME} gives it. Check the name and the connection; where it is private or "
-            f"gated, accept its licence on its page, then `hf auth login` or set HF_TOKEN. "
-            f"({' '.join(str(error).split())[:300]})"
+            f"gated, accept its licence on its page, then `hf auth login` or set HF_TOKEN. ({reason})"
         ) from error
 
 
@@ -329,7 +336,13 @@ def choose_template(config, tokenizer, entries) -> str:
     if asked and asked.endswith(".jinja"):
         if not Path(asked).is_file():
             raise ValueError(f"tokenizer.chat_template = {asked!r}: there is no such file")
-        asked = Path(asked).read_text(encoding="utf-8")
+        path = asked
+        try:
+            asked = Path(path).read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"tokenizer.chat_template = {path!r} cannot be read: {error}") from None
+        if not asked.strip():
+            raise ValueError(f"tokenizer.chat_template = {path!r}: the file is empty")
     brought = {entry.dataset.task_spec.custom_template for entry in entries}
     if not asked and len(brought) > 1:
         raise ValueError(

@@ -230,6 +230,7 @@ def main():
 
 
 def evaluate(options):
+    check_output(options.output)
     cfg = configuration.from_command_line(with_config_of(options.model, options.arguments))
     rank, device = int(os.environ.get("RANK", 0)), modelling.take_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -268,6 +269,18 @@ def evaluate(options):
             write_answers(Path(options.output), names, places, tokenizer, questions, answers)
     if dist.is_initialized():
         dist.barrier()
+
+
+def check_output(name: str | None):
+    """Raises ValueError, before any answer is computed, where the answers could not be written, or would replace
+    something else."""
+    if name is None:
+        return
+    path = Path(name)
+    if path.exists() and not (path.is_file() and path.suffix == ".jsonl"):
+        raise ValueError(f"--output {name} is there already and no .jsonl file; name another")
+    if not (path.absolute().parent.is_dir() and os.access(path.absolute().parent, os.W_OK)):
+        raise ValueError(f"--output {name}: the folder {path.absolute().parent} is not there or cannot be written to")
 
 
 def with_config_of(model: str, arguments: list[str]) -> list[str]:

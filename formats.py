@@ -249,9 +249,10 @@ def recognise(files: list[File]) -> str:
             raise ValueError(f"{where}: the columns {', '.join(sorted(columns)) or '(none)'} are of no format; {mend}")
         if len(names) > 1:
             raise ValueError(f"{where}: the format may be {' or '.join(names)}; {mend}")
-    (a, (where_a, _)), (b, (where_b, _)) = [*first.items()][:2]
+    rows = {names[0]: first[known][0] for known, names in fitting.items()}
+    (a, where_a), (b, where_b) = [*rows.items()][:2]
     raise ValueError(
-        f"{where_a} is of the format {fitting[a][0]} and {where_b} of {fitting[b][0]}: files of one format each can be "
+        f"{where_a} is of the format {a} and {where_b} of {b}: files of one format each can be "
         "named in data.dataset as a list of entries"
     )
 
@@ -292,7 +293,13 @@ def to_messages(row: dict, format: str) -> dict:
         "alpaca": from_alpaca,
         "sharegpt": from_sharegpt,
     }[format]
-    converted = {"messages": convert(row)}
+    messages = convert(row)
+    if format in ("messages", "prompt_completion") and isinstance(messages, list):
+        messages = [*system_of(row), *messages]
+    if isinstance(messages, list) and [m.get("role") for m in messages[:2] if isinstance(m, dict)] == ["system"] * 2:
+        raise ValueError("has both a 'system' column and a system turn; leave one out")
+    refuse_unread(row, format)
+    converted = {"messages": messages}
     if tools := tools_of(row):
         converted["tools"] = tools
     return {**converted, **{name: row[name] for name in ("answers", "id") if row.get(name) is not None}}
@@ -302,6 +309,18 @@ def refuse_other_than_text(row: dict):
     for name in NO_TEXT:
         if row.get(name):
             raise ValueError(f"has {name!r}: only text is trained here; leave such rows out")
+
+
+def refuse_unread(row: dict, format: str):
+    """Raises ValueError for a column whose meaning would be lost without a word."""
+    if row.get("train") is not None or row.get("label") is not None and format == "prompt_completion":
+        name = "train" if row.get("train") is not None else "label"
+        raise ValueError(
+            f"has {name!r} = {row[name]!r} for the whole row, which is not read: leave out the rows that "
+            'are not to be trained, and put "train": false into messages'
+        )
+    if format == "prompt_completion" and row.get("input"):
+        raise ValueError("has 'input' beside prompt and completion, which is not read: put it into the prompt")
 
 
 def tools_of(row: dict):
@@ -321,8 +340,9 @@ def from_prompt_completion(row: dict) -> list[dict]:
     if isinstance(prompt, list) and isinstance(completion, list):
         # an example of how to answer is part of the question
         asked = [
-            {"train": False, **m} if isinstance(m, dict) and m.get("role") == "assistant" else m for m in prompt
-        ]  # fmt: skip
+            {**m, "train": m.get("train") or False} if isinstance(m, dict) and m.get("role") == "assistant" else m
+            for m in prompt
+        ]
         return [*asked, *completion]
     return [
         {"role": "user", "content": text_of(row, "prompt")},
@@ -368,8 +388,6 @@ def from_sharegpt(row: dict) -> list[dict]:
         else:
             known = ", ".join([*SPEAKERS, "function_call"])
             raise ValueError(f"conversations[{i}]: the speaker {speaker!r} is unknown; 'from' must be one of {known}")
-    if [message.get("role") for message in messages[:2]] == ["system", "system"]:
-        raise ValueError("has both a 'system' column and a system turn; leave one out")
     return messages
 
 

@@ -106,6 +106,17 @@ def check_vocabulary(model, tokenizer):
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model's embedding only {embeddings}")
 
 
+def check_positions(model, *lengths: int):
+    """Raises ValueError where a conversation is longer than a model that has learned its positions one by one."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    others = [m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not model.get_input_embeddings()]
+    if max(lengths) > positions and any(positions <= module.num_embeddings < max(lengths) for module in others):
+        raise ValueError(
+            f"the longest conversation has {max(lengths):,} tokens, and the model {positions:,} positions "
+            f"(max_position_embeddings): set data.max_seq_length={positions}"
+        )
+
+
 @torch.compiler.set_stance("force_eager")  # (few and short: not worth a graph)
 @torch.no_grad()
 def keeps_documents_apart(model, dtype: torch.dtype) -> bool:

@@ -121,7 +121,8 @@ def preview(cfg, options, report: dict, samples: list):
     }
     here = torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else 80
     with problem(report):
-        report["memory"] = memory(cfg, tokenizer, report["world_size"], options.gpu_memory or here, row)
+        longest = [int(examples.lengths.max()) for examples in sets.values()] or [0]
+        report["memory"] = memory(cfg, tokenizer, report["world_size"], options.gpu_memory or here, row, longest)
         if report["memory"]["total_gib"] > report["memory"]["gpu_gib"]:
             raise ValueError(too_large(cfg, report["memory"]))
     report["notes"] += notes(cfg, report)
@@ -284,7 +285,7 @@ def notes(cfg, report: dict) -> list[str]:
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-def memory(cfg, tokenizer, world_size: int, gpu_gib: float, row: dict) -> dict:
+def memory(cfg, tokenizer, world_size: int, gpu_gib: float, row: dict, longest: list[int]) -> dict:
     """What a GPU holds at the fullest moment, in GiB, by the sizes of the tensors that autograd keeps for the largest
     row: measured on a model of fake tensors, which have shapes and no memory. The CUDA context and the gaps of the
     allocator come on top; a tenth of the GPU is set aside for them."""
@@ -300,6 +301,7 @@ def memory(cfg, tokenizer, world_size: int, gpu_gib: float, row: dict) -> dict:
         base_dtype = modelling.base_dtype(cfg.model)
         model = AutoModelForCausalLM.from_config(model_config, dtype=base_dtype, attn_implementation=implementation)
         modelling.check_vocabulary(model, tokenizer)
+        modelling.check_positions(model, *longest)
         modelling.prepare_for_training(model, cfg.model)
         vocabulary = model.get_input_embeddings().num_embeddings
         weights, trained = counts(model)

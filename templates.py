@@ -374,7 +374,9 @@ def encode(tokenizer, messages, tools=None, chat_template=None, train_on="all") 
     if not isinstance(chat_template, str):
         raise ValueError("the tokenizer has no chat template (or several); set tokenizer.chat_template")
     text, turns = render_turns(chat_template, messages, tools, **tokenizer.special_tokens_map)
-    last = turns[-1][0] if turns else None
+    if not turns:
+        raise ValueError("the chat template prints nothing of what the assistant says")
+    last = turns[-1][0]
     input_ids, labels = [], []
     if starts_with_bos(tokenizer) and not text.startswith(tokenizer.bos_token):
         shift = len(tokenizer.bos_token)
@@ -384,8 +386,7 @@ def encode(tokenizer, messages, tools=None, chat_template=None, train_on="all") 
         input_ids.extend(ids)
         labels.extend(ids if trained else [IGNORE_INDEX] * len(ids))
 
-    first_start = turns[0][1] if turns else len(text)
-    append(tokenise(tokenizer, text[:first_start], at_start=True), False)
+    append(tokenise(tokenizer, text[: turns[0][1]], at_start=True), False)
     for (i, start, end), next_start in zip(turns, [turn[1] for turn in turns[1:]] + [len(text)], strict=True):
         trained = is_trained(messages[i], train_on == "all" or i == last, i)
         turn = tokenise(tokenizer, text[start:end], at_start=start == 0)
@@ -410,7 +411,7 @@ def encode(tokenizer, messages, tools=None, chat_template=None, train_on="all") 
 
 def is_trained(message: dict, chosen: bool, index: int) -> bool:
     train, weight = message.get("train"), message.get("weight")
-    if train not in (None, True, False) or weight not in (None, 0, 1):
+    if not (train is None or isinstance(train, bool)) or weight not in (None, 0, 1):  # (0 == False)
         raise ValueError(f'messages[{index}]: "train" must be true or false, and "weight" 0 or 1')
     return chosen and train is not False and weight != 0
 

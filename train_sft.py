@@ -70,7 +70,7 @@ def main():
         if world_size > 1:
             dist.broadcast_object_list(found)
         folder, prepared = found[0], prepared._replace(to_score=found[1])
-        start = check_data(folder, prepared.train_set)
+        start = check_checkpoint(cfg, folder, prepared.train_set)
         barrier()
         watchdog.output_dir, watchdog.step = output_dir, start
         if rank == 0:
@@ -80,7 +80,8 @@ def main():
             checkpoint.write_status(output_dir, "running", start)
             stop = output_dir / "STOP"
             if stop.exists() and stop.stat().st_mtime < started:
-                stop.unlink()  # it was meant for an earlier start
+                stop.unlink()
+                print(f"{stop} was there before this start, and is gone: it was meant for an earlier one")
         barrier()
         train(cfg, (rank, local_rank, world_size), prepared, folder, watchdog, began)
         watchdog.close()
@@ -188,16 +189,30 @@ def lock_output_dir(cfg, output_dir: Path):
     raise ValueError(f"output_dir = {cfg.output_dir!r}: another process is training there; name another folder")
 
 
-def check_data(folder: Path | None, train_set) -> int:
-    """The step of a checkpoint, 0 for None. Raises ValueError where it was trained on other conversations."""
+def check_checkpoint(cfg, folder: Path | None, train_set) -> int:
+    """The step of a checkpoint, 0 for None. Raises ValueError where this run ends before it, or it was trained on other
+    conversations."""
     if folder is None:
         return 0
+    start, (_, steps) = checkpoint.step_of(folder), steps_of(cfg, train_set)
+    if steps < start:
+        raise ValueError(
+            f"train.max_steps (or max_epochs) ends the run at step {steps}, and {folder} is past it; raise it, or name "
+            "another output_dir"
+        )
     if json.loads((folder / "metrics.json").read_text(encoding="utf-8")).get("data") != train_set.digest:
         raise ValueError(
             f"{folder} was trained on other conversations (or tokens) than data.dataset gives now; name another "
             "output_dir, or bring back the data as they were"
         )
-    return checkpoint.step_of(folder)
+    return start
+
+
+def steps_of(cfg, train_set) -> tuple[int, int]:
+    """(steps of an epoch, steps of the run)."""
+    examples, batch_size = sum(packing.epoch_sizes(train_set.counts, train_set.weights)), cfg.train.global_batch_size
+    steps = packing.steps_of_run(examples, batch_size, cfg.train.max_epochs, cfg.train.max_steps)
+    return packing.steps_per_epoch(examples, batch_size), steps
 
 
 def check_base(folder: Path, name: str, base: str | None):
@@ -282,14 +297,7 @@ def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | N
     watchdog.at("loading the model")
     start = checkpoint.step_of(folder) if folder else 0
     batch_size = cfg.train.global_batch_size
-    epoch_size = sum(packing.epoch_sizes(train_set.counts, train_set.weights))
-    steps_per_epoch = packing.steps_per_epoch(epoch_size, batch_size)
-    steps = packing.steps_of_run(epoch_size, batch_size, cfg.train.max_epochs, cfg.train.max_steps)
-    if steps < start:
-        raise ValueError(
-            f"train.max_steps (or max_epochs) ends the run at step {steps}, and {folder} is past it; raise it, or name "
-            "another output_dir"
-        )
+    steps_per_epoch, steps = steps_of(cfg, train_set)
     with data.from_hub("model.name", cfg.model.name):
         gpu_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
         outline, strategy = None, "ddp"  # one process has nothing to shard
@@ -300,6 +308,7 @@ def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | N
         torch.manual_seed(cfg.seed)
         model = outline if strategy == "fsdp" and rank > 0 else modelling.load(cfg.model, device)
     modelling.check_vocabulary(model, tokenizer)
+    modelling.check_positions(model, int(train_set.lengths.max()), int(validation_set.lengths.max()))
     context = cfg.parallel.context  # ranks that share a row, neighbours
     modelling.check_context(cfg, model.config, world_size)
     group = dist.new_subgroups(context)[0] if context > 1 else None
@@ -321,6 +330,7 @@ def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | N
         apart = modelling.keeps_documents_apart(model, modelling.compute_dtype(cfg))
         if group:
             modelling.check_shared_row(model, group, modelling.compute_dtype(cfg))
+    apart = all_agree(apart)
     if not apart and rank == 0:
         print("packed documents would see each other in this model: each row holds one document")
 
@@ -408,7 +418,7 @@ def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | N
         rows = rows_of(chosen, train_set.lengths)
         supervised = int(train_set.supervised[chosen].sum())
         tokens = int(train_set.lengths[chosen].sum())
-        torch.manual_seed((cfg.seed * 1_000_003 + step) * 65_537 + rank)  # dropout: from (seed, step, rank)
+        torch.manual_seed(((cfg.seed * 1_000_003 + step) * 65_537 + rank) % 2**63)  # dropout: from (seed, step, rank)
 
         # Gradients are averaged over ranks, so their sum over the global count needs the factor world_size
         losses = forward_backward(
@@ -509,6 +519,14 @@ def all_sum(value: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(value)
     return value
+
+
+def all_agree(value: bool) -> bool:
+    """Rank 0's, on all ranks: what each has measured for itself may differ by rounding."""
+    told = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(told)
+    return told[0]
 
 
 def name_the_broken(step, loss, grad_norm, rows, losses, train_set, world_size):
