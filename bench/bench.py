@@ -225,9 +225,9 @@ def train_ours(name, work, folder, device) -> dict:
     meter = Meter(device == "cuda")
     collate = train_sft.data.collate
 
-    def counting(examples, row, device="cpu"):
+    def counting(examples, row, *arguments, **options):
         meter.count(examples.lengths[row].sum(), examples.supervised[row].sum())
-        return collate(examples, row, device)
+        return collate(examples, row, *arguments, **options)
 
     train_sft.data.collate = counting
     shutil.rmtree(folder / "run", ignore_errors=True)

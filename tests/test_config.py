@@ -62,3 +62,17 @@ def test_each_recipe_is_a_configuration_that_says_how_it_is_started_and_goes_to_
     comments = "".join(line for line in path.read_text().splitlines() if line.startswith("#"))
     assert f"configs/{path.name}" in comments and any(word in comments for word in ("val/loss", "GiB"))
     assert sum(config.load(str(other), []).output_dir == recipe.output_dir for other in RECIPES) == 1
+
+
+@pytest.mark.parametrize(
+    "overrides, said",
+    [
+        (["data.dataset={}", "output_dir={}/out"], "lies in data.dataset"),
+        (["output_dir={}/file"], "is a file; name a folder"),
+        (["seed=9223372036854775808"], "must be below 2.63"),
+    ],
+)
+def test_an_output_dir_or_a_seed_that_would_fail_later_is_an_error(tmp_path, overrides, said):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=said):
+        config.load(None, [override.format(tmp_path) for override in overrides])

@@ -151,3 +151,11 @@ def test_answers_use_up_no_graphs_of_a_compiled_model(memorised):
     assert modelling.keeps_documents_apart(model, torch.float32) and graphs["unique_graphs"] == before
     model(torch.arange(9)[None], use_cache=False)
     assert graphs["unique_graphs"] > before
+
+
+def test_where_answers_cannot_be_written_or_replace_something_else_is_told_first(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    for name in ("config.yaml", "nowhere/answers.jsonl", ""):
+        with pytest.raises(ValueError, match="--output"):
+            evaluate.check_output(str(tmp_path / name))
+    evaluate.check_output(str(tmp_path / "answers.jsonl"))

@@ -51,7 +51,22 @@ def test_each_format_is_recognised_and_read_as_its_messages(tmp_path, format):
         data.check_row(rows[1])
 
 
+@pytest.mark.parametrize("row", [{"messages": [ASK, ANSWER]}, {"prompt": [ASK], "completion": [ANSWER]}])
+def test_a_system_column_is_the_first_message(row):
+    made = formats.to_messages({**row, "system": "Be brief."}, "messages" if "messages" in row else "prompt_completion")
+    assert made["messages"] == [{"role": "system", "content": "Be brief."}, ASK, ANSWER]
+
+
+def test_files_of_two_formats_are_named_with_one_row_of_each(tmp_path):
+    rows = [{"messages": []}, {"messages": [], "output": "x"}, {"instruction": "a", "output": "b"}]
+    with pytest.raises(ValueError, match=r":[12] is of the format messages and .*:3 of alpaca"):
+        formats.read_rows(write(tmp_path / "rows.jsonl", *rows)).format  # noqa: B018
+
+
 def test_of_a_prompt_of_messages_nothing_is_trained():
+    asked = [ASK, {**ANSWER, "train": None}, ASK]
+    made = formats.to_messages({"prompt": asked, "completion": [ANSWER]}, "prompt_completion")
+    assert made["messages"][1]["train"] is False
     row = {"prompt": [ASK, ANSWER, ASK], "completion": [ANSWER], "tools": '[{"name": "f"}]'}
     made = formats.to_messages(row, "prompt_completion")
     assert made == {"messages": [ASK, {"train": False, **ANSWER}, ASK, ANSWER], "tools": [{"name": "f"}]}
@@ -103,6 +118,10 @@ def test_a_row_far_down_that_fits_two_formats_is_found(tmp_path):
             "block of type 'image_url': only text is trained",
         ),
         ({"messages": [ASK, ANSWER], "tools": "{"}, "tools: is not valid JSON"),
+        ({"messages": [{"role": "system", "content": "a"}, ASK, ANSWER], "system": "b"}, "both a 'system' column and"),
+        ({"messages": [ASK, ANSWER], "train": False}, "'train' = False for the whole row, which is not read"),
+        ({"prompt": "a", "completion": "b", "label": False}, "'label' = False for the whole row, which is not read"),
+        ({"prompt": "a", "completion": "b", "input": "c"}, "'input' beside prompt and completion"),
     ],
 )
 def test_a_row_that_is_wrong_is_refused_with_its_place_and_the_reason(tmp_path, row, reason):

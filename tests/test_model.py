@@ -211,3 +211,22 @@ def test_an_output_layer_of_its_own_that_would_be_saved_as_the_embedding_is_refu
         ValueError, match="an output layer of its own, and its config.json says tie_word_embeddings: true"
     ):
         modelling.load(cfg, CPU)
+
+
+def test_more_tokens_than_learned_positions_are_refused_and_rotary_ones_are_not():
+    shape = {"vocab_size": 64, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    learned = AutoModelForCausalLM.from_config(GPT2Config(n_positions=32, **shape))
+    modelling.check_positions(learned, 32)
+    with pytest.raises(ValueError, match="33 tokens, and the model 32 positions .*data.max_seq_length=32"):
+        modelling.check_positions(learned, 33, 5)
+    rotary = tiny_llama()
+    rotary.config.max_position_embeddings = 32
+    modelling.check_positions(rotary, 33)
+
+
+def test_looking_at_the_head_leaves_no_trace_where_it_fails(monkeypatch):
+    model = tiny_llama()
+    monkeypatch.setattr(model.model, "forward", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        modelling.has_plain_head(model)
+    assert not model.lm_head._forward_hooks and model.config._attn_implementation == "document_sdpa" and model.training

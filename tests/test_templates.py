@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 import templates
@@ -258,3 +258,16 @@ def test_a_message_or_all_but_the_last_can_be_left_out_of_the_loss():
         trained([*CHAT[:2], {**CHAT[2], "train": "no"}, *CHAT[3:]])
     with pytest.raises(ValueError, match='"weight" 0 or 1'):
         trained([*CHAT[:2], {**CHAT[2], "weight": 0.5}, *CHAT[3:]])
+
+
+@pytest.mark.parametrize("train", [0, 0.0, 1, "false"])
+def test_what_is_no_truth_value_does_not_say_what_is_trained(train):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": train}]
+    with pytest.raises(ValueError, match='"train" must be true or false'):
+        templates.encode(AutoTokenizer.from_pretrained("configs/quickstart"), messages)
+
+
+def test_a_template_that_prints_no_answer_is_refused():
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(ValueError, match="prints nothing of what the assistant says"):
+        templates.encode(AutoTokenizer.from_pretrained("configs/quickstart"), messages, chat_template="hello")

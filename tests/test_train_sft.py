@@ -80,6 +80,7 @@ def test_a_finished_run_is_left_as_it_is_and_another_is_not_overwritten(tmp_path
         (["configs/quickstart.yaml", "data.dataset=gone.jsonl"], 1, "gone.jsonl"),
         (["configs/quickstart.yaml", "cluster.num_nodes=2"], 2, "cluster.num_nodes"),
         (["configs/quickstart.yaml", "model.name=no/such-model"], 1, "no/such-model"),
+        (["configs/quickstart.yaml", "model.name=tests"], 1, "model.name = 'tests' cannot be read as a model's folder"),
     ],
 )
 def test_a_mistake_is_one_line_and_no_traceback(tmp_path, arguments, code, said):
@@ -178,6 +179,7 @@ def test_an_end_before_the_newest_checkpoint_is_refused(tmp_path, two_epochs):
     assert wait_for(start_in_fork([*arguments, "train.max_steps=2"], out)) == 1
     assert "step_00000003 is past it; raise it" in out.with_suffix(".log").read_text()
     assert not (out / "model").exists()
+    assert state(out)["state"] == "stopped" and "max_steps: 2\n" not in (out / "config.yaml").read_text()
 
 
 def test_other_conversations_than_the_checkpoint_was_trained_on_are_refused(tmp_path, two_epochs):
