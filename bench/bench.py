@@ -37,9 +37,15 @@ TRL = {  # what each setting changes in SFTConfig
     "trl_packing": {**SAME_TOKENS, "packing": True},
     "trl_lora": {**SAME_TOKENS, "per_device_train_batch_size": 1},
 }
+# What pays on a GPU alone, in an environment that has liger-kernel, and flash-attn or kernels
+FLASH = {"packing": True, "use_liger_kernel": True, "attn_implementation": "flash_attention_2"}
+ON_GPU = {
+    "trl_liger": {**TRL["trl_best"], "use_liger_kernel": True},
+    "trl_flash": {**SAME_TOKENS, **FLASH},
+}
 LORA = {"rank": 16, "alpha": 16}  # on all linear layers but the output layer, on both sides
 OURS = {"ours": [], "ours_lora": [f"model.lora.{name}={value}" for name, value in LORA.items()]}
-SETTINGS = [*OURS, *TRL]
+COMPILED = {"ours_compile": ["model.compile=true"]}  # on a GPU
 
 
 def sizes(device: str) -> dict:
@@ -55,15 +61,21 @@ def sizes(device: str) -> dict:
 
 def main():
     if sys.argv[1:2] == ["worker"]:
+        TRL.update(ON_GPU), OURS.update(COMPILED)
         return worker(sys.argv[2], Path(sys.argv[3]))
+    import torch
+
+    if torch.cuda.is_available():
+        TRL.update(ON_GPU), OURS.update(COMPILED)
+    settings = [*OURS, *TRL]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="*", default=SETTINGS, help=f"of {', '.join(SETTINGS)}; none: all")
+    parser.add_argument("settings", nargs="*", default=settings, help=f"of {', '.join(settings)}; none: all")
     parser.add_argument("--rounds", type=int, default=2, help="how often each setting is run (2)")
     parser.add_argument("--trl-python", help="a Python that has TRL; none: bench/.venv is made")
     parser.add_argument("--folder", type=Path, default=ROOT / "results/bench", help="for model and data")
     options = parser.parse_args()
-    if unknown := {*options.settings} - {*SETTINGS}:
-        parser.error(f"there is no setting {', '.join(sorted(unknown))}; there are {', '.join(SETTINGS)}")
+    if unknown := {*options.settings} - {*settings}:
+        parser.error(f"there is no setting {', '.join(sorted(unknown))}; there are {', '.join(settings)}")
     trl_python = options.trl_python or (make_environment() if {*options.settings} & {*TRL} else None)
     print(f"making model and data in {options.folder}", flush=True)
     prepare(options.folder)
@@ -249,6 +261,7 @@ def train_trl(name, work, folder, device) -> dict:
 
     meter = Meter(device == "cuda")
     options = {"per_device_train_batch_size": work["micro_batch"], **TRL[name]}
+    kernel = {name: options.pop(name) for name in ("attn_implementation",) if name in options}
     if options.get("packing"):  # a packed row of 1,024 tokens holds about five conversations
         rows = math.ceil(work["batch"] / 5)
         options["per_device_train_batch_size"] = min(rows, 4)
@@ -259,7 +272,7 @@ def train_trl(name, work, folder, device) -> dict:
         output_dir=str(folder / "trl"), report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
         bf16=work["dtype"] == "bfloat16", max_steps=WARM_UP + work["steps"], **options,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float32", **kernel)
 
     def count(module, arguments, inputs):
         labels, mask = inputs["labels"], inputs.get("attention_mask")
