@@ -39,11 +39,13 @@ def choose(config, device: torch.device) -> str:
 
 class Documents:
     """Where the documents of a packed row are: `ends`, a list of their ends; `starts`, 0 and the ends, int32
-    (documents + 1,), on the model's device. (No tuple and no tensor: FSDP would move the ends to the GPU, and reading
-    them there waits for all that is queued; and a compiled block would be compiled anew for each number of them.)"""
+    (documents + 1,), on the model's device; `lengths` follow. (No tuple and no tensor: FSDP would move the ends to the
+    GPU, and reading them there waits for all that is queued; and a compiled block would be compiled anew for each
+    number of them.)"""
 
     def __init__(self, ends: list[int], starts: torch.Tensor):
         self.ends, self.starts = ends, starts
+        self.lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def attend(
@@ -54,16 +56,16 @@ def attend(
     `context_group`: the ranks that share the row; each brings its `packing.slice_of` the tokens, while the documents
     are the whole row's. Returns (1, tokens, heads, head_dim). Raises ValueError for a model that needs more than that.
     """
-    ends = [query.shape[2]] if documents is None else documents.ends
-    lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-    refuse_unknown(module, others, max(lengths))
+    if documents is None:
+        tokens = query.shape[2]
+        documents = Documents([tokens], torch.tensor([0, tokens], dtype=torch.int32, device=query.device))
+    refuse_unknown(module, others, max(documents.lengths))
     kind = query.device.type
     if torch.is_autocast_enabled(kind):  # rotary embeddings have made float32 of query and key
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
     if context_group is not None:
-        query, key, value = tokens_for_heads(query, key, value, ends[-1], context_group)
-    starts = None if documents is None else documents.starts
-    output = kernel(query, key, value, lengths, starts, scaling, dropout, sliding_window)
+        query, key, value = tokens_for_heads(query, key, value, documents.ends[-1], context_group)
+    output = kernel(query, key, value, documents, scaling, dropout, sliding_window)
     return output if context_group is None else heads_for_tokens(output, context_group)
 
 
@@ -83,13 +85,13 @@ def refuse_unknown(module, others: dict, longest: int):
 # ---- kernels: (1, heads, tokens, head_dim) to (1, tokens, heads, head_dim) -------------------------------------------
 
 
-def sdpa_per_document(query, key, value, lengths: list[int], starts, scale, dropout: float, window: int | None):
+def sdpa_per_document(query, key, value, documents: Documents, scale, dropout: float, window: int | None):
     if query.is_cuda and (query.dtype == torch.float32 or window):
         # there SDPA's fast kernels want as many key heads, and the slow one keeps a matrix of all scores
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     outputs = []
     # (split: the gradient of slices would be a whole row of zeros for each document)
-    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
+    for q, k, v in zip(*(x.split(documents.lengths, dim=2) for x in (query, key, value)), strict=True):
         mask, length = None, q.shape[2]  # q (1, heads, length, head_dim)
         if window is not None and length > window:
             mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
@@ -98,17 +100,16 @@ def sdpa_per_document(query, key, value, lengths: list[int], starts, scale, drop
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def varlen(query, key, value, lengths: list[int], starts, scale, dropout: float, window: int | None):
+def varlen(query, key, value, documents: Documents, scale, dropout: float, window: int | None):
     from torch.nn.attention.varlen import varlen_attn
 
     if dropout:
         raise ValueError("this model has attention dropout, which varlen does not; set model.attention=sdpa")
-    if starts is None:
-        starts = torch.tensor([0, *lengths], dtype=torch.int32, device=query.device)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, head_dim)
     options = {"scale": scale, "window_size": (window - 1 if window else -1, 0)}
     options["enable_gqa"] = q.shape[1] != k.shape[1]
-    return varlen_attn(q, k, v, starts, starts, max(lengths), max(lengths), **options)[None]
+    starts, longest = documents.starts, max(documents.lengths)
+    return varlen_attn(q, k, v, starts, starts, longest, longest, **options)[None]
 
 
 # ---- context parallelism ---------------------------------------------------------------------------------------------

@@ -134,7 +134,7 @@ class Chat:
         return said.text.strip()
 
     def check_length(self, ids: list[int]):
-        longest = evaluate.positions_of(self.model)
+        longest = modelling.positions_of(self.model)
         if len(ids) >= longest:
             raise ValueError(
                 f"the conversation has {len(ids):,} tokens, the model takes {longest:,}; /reset starts over"
@@ -192,7 +192,7 @@ def answer_lines(chat: Chat, options):
             chat.check_length(prompts[-1])
         except ValueError as error:
             raise ValueError(f"{file.where(i)}: {error}") from None
-    batch, room = [], evaluate.positions_of(chat.model) - chat.max_new_tokens
+    batch, room = [], modelling.positions_of(chat.model) - chat.max_new_tokens
     for i, prompt in enumerate(tqdm(prompts, desc="answering", unit=" lines")):
         batch.append(prompt)
         # a prompt that leaves too little room for an answer is answered alone, so that it cuts no other's

@@ -269,7 +269,7 @@ def convert(value, hint, metadata, where: str):
     if list[float] in allowed and isinstance(value, list) and all(type(item) in (int, float) for item in value):
         return [float(item) for item in value]
     if type(value) not in allowed:
-        names = " or ".join("null" if t is type(None) else str(t) if t == list[float] else t.__name__ for t in allowed)
+        names = " or ".join("null" if t is type(None) else type_name(t) for t in allowed)
         raise ValueError(f"{where} = {value!r} is of type {type(value).__name__}; it must be {names}")
     if metadata["choices"] and value not in metadata["choices"]:
         near = difflib.get_close_matches(str(value), [choice for choice in metadata["choices"] if choice], 1)
@@ -286,10 +286,6 @@ def convert(value, hint, metadata, where: str):
 def check(config: Config):
     """Rules over more than one key, and keys whose values are not implemented."""
     train, checkpoint = config.train, config.checkpoint
-    if not config.output_dir:
-        raise ValueError("output_dir is empty; name a folder")
-    if Path(config.output_dir).is_file():
-        raise ValueError(f"output_dir = {config.output_dir!r} is a file; name a folder")
     if config.seed >= 2**63:
         raise ValueError(f"seed = {config.seed} must be below 2^63")
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
@@ -305,18 +301,25 @@ def check(config: Config):
     if config.validation.exact_match and not config.validation.every:
         raise ValueError("validation.exact_match needs validation.every: there is no validation to score answers in")
     check_mixture(config.data)
-    entries = config.data.dataset if isinstance(config.data.dataset, list) else [{"dataset": config.data.dataset}]
-    for folder in [Path(entry["dataset"]) for entry in entries if Path(entry["dataset"]).is_dir()]:
-        if Path(config.output_dir).resolve().is_relative_to(folder.resolve()):
-            raise ValueError(
-                f"output_dir = {config.output_dir!r} lies in data.dataset = {str(folder)!r}, whose files are all read "
-                "as chats; name a folder outside"
-            )
+    check_output_dir(config.output_dir, config.data.dataset)
     check_lora(config.model)
     if config.parallel.context > 1 and config.model.attention == "eager":
         raise ValueError("parallel.context > 1 needs model.attention=auto, sdpa or varlen, not eager")
     if config.parallel.strategy == "ddp" and (config.parallel.replicas > 1 or config.parallel.cpu_offload):
         raise ValueError("parallel.replicas and parallel.cpu_offload need parallel.strategy=fsdp")
+
+
+def check_output_dir(output_dir: str, dataset: str | list):
+    if not output_dir:
+        raise ValueError("output_dir is empty; name a folder")
+    if Path(output_dir).is_file():
+        raise ValueError(f"output_dir = {output_dir!r} is a file; name a folder")
+    for name in [entry["dataset"] for entry in dataset] if isinstance(dataset, list) else [dataset]:
+        if Path(name).is_dir() and Path(output_dir).resolve().is_relative_to(Path(name).resolve()):
+            raise ValueError(
+                f"output_dir = {output_dir!r} lies in data.dataset = {name!r}, whose files are all read as chats; name "
+                "a folder outside"
+            )
 
 
 def check_lora(model: Model):

@@ -96,7 +96,7 @@ def generate(
     transformers' `generate`) says otherwise. `alive` is called at each token."""
     attention, was_training, own = model.config._attn_implementation, model.training, model.generation_config
     longest = max(len(prompt) for prompt in prompts)
-    max_new_tokens = max(1, min(max_new_tokens, positions_of(model) - longest))
+    max_new_tokens = max(1, min(max_new_tokens, modelling.positions_of(model) - longest))
     pad = stop_ids[0]
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)  # (prompts, longest)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
@@ -129,11 +129,6 @@ def generate(
     ]
 
 
-def positions_of(model) -> int:
-    """The most tokens that a model takes, if its configuration says; else 2^31."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
-
-
 def answer_all(
     model, tokenizer, questions, stop_ids, max_tokens: int, max_prompt: int | None = None, batch_size: int = 64,
     note_place=lambda place: None, alive=lambda: None,
@@ -144,7 +139,7 @@ def answer_all(
     gets an empty answer. `note_place` is called before each batch, `alive` at each token."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     max_new_tokens = min(LONGEST, max(32, max(question.tokens for question in questions) + 8))
-    lengths, positions = [len(question.prompt) for question in questions], positions_of(model)
+    lengths, positions = [len(question.prompt) for question in questions], modelling.positions_of(model)
     order = sorted(range(len(questions)), key=lengths.__getitem__)
     order = [i for i in order if lengths[i] < min(positions, max_prompt or positions)]
     found, at, quiet = {}, 0, rank > 0 or len(order) <= batch_size or not sys.stderr.isatty()
@@ -247,17 +242,15 @@ def evaluate(options):
         _, model = modelling.parallelise(model, cfg, "fsdp", dist.get_world_size(), device)
     else:
         model.to(device)
-    asked = [None]
+    questions = None
     if rank == 0:
         entries = data.load_entries(cfg.data)
         chat_template = data.choose_template(cfg, tokenizer, entries)
         questions, places = make_questions(entries, tokenizer, chat_template, stop_ids, options.max_examples, True)
         if not questions:
             raise ValueError("the validation split has no turn of the assistant to ask for")
-        asked, names = [questions], [entry.name for entry in entries]
-    if dist.is_initialized():
-        dist.broadcast_object_list(asked)
-    questions = asked[0]
+        names = [entry.name for entry in entries]
+    questions = modelling.from_rank_0(questions)
     max_tokens = cfg.train.max_tokens_per_micro_batch
     answers = answer_all(model, tokenizer, questions, stop_ids, max_tokens, batch_size=options.batch_size)
     if rank == 0:

@@ -252,8 +252,8 @@ def recognise(files: list[File]) -> str:
     rows = {names[0]: first[known][0] for known, names in fitting.items()}
     (a, where_a), (b, where_b) = [*rows.items()][:2]
     raise ValueError(
-        f"{where_a} is of the format {a} and {where_b} of {b}: files of one format each can be "
-        "named in data.dataset as a list of entries"
+        f"{where_a} is of the format {a} and {where_b} of {b}: files of one format each can be named in data.dataset "
+        "as a list of entries"
     )
 
 
@@ -293,13 +293,8 @@ def to_messages(row: dict, format: str) -> dict:
         "alpaca": from_alpaca,
         "sharegpt": from_sharegpt,
     }[format]
-    messages = convert(row)
-    if format in ("messages", "prompt_completion") and isinstance(messages, list):
-        messages = [*system_of(row), *messages]
-    if isinstance(messages, list) and [m.get("role") for m in messages[:2] if isinstance(m, dict)] == ["system"] * 2:
-        raise ValueError("has both a 'system' column and a system turn; leave one out")
+    converted = {"messages": with_system(row, convert(row))}
     refuse_unread(row, format)
-    converted = {"messages": messages}
     if tools := tools_of(row):
         converted["tools"] = tools
     return {**converted, **{name: row[name] for name in ("answers", "id") if row.get(name) is not None}}
@@ -313,12 +308,12 @@ def refuse_other_than_text(row: dict):
 
 def refuse_unread(row: dict, format: str):
     """Raises ValueError for a column whose meaning would be lost without a word."""
-    if row.get("train") is not None or row.get("label") is not None and format == "prompt_completion":
-        name = "train" if row.get("train") is not None else "label"
-        raise ValueError(
-            f"has {name!r} = {row[name]!r} for the whole row, which is not read: leave out the rows that "
-            'are not to be trained, and put "train": false into messages'
-        )
+    for name in ("train", "label") if format == "prompt_completion" else ("train",):
+        if row.get(name) is not None:
+            raise ValueError(
+                f"has {name!r} = {row[name]!r} for the whole row, which is not read: leave out the rows that "
+                'are not to be trained, and put "train": false into messages'
+            )
     if format == "prompt_completion" and row.get("input"):
         raise ValueError("has 'input' beside prompt and completion, which is not read: put it into the prompt")
 
@@ -353,7 +348,7 @@ def from_prompt_completion(row: dict) -> list[dict]:
 def from_alpaca(row: dict) -> list[dict]:
     """The instruction and, behind an empty line, the input. https://github.com/tatsu-lab/stanford_alpaca#data-release;
     `system` and `history` (pairs of a question and an answer) as LLaMA-Factory has them."""
-    messages = system_of(row)
+    messages = []
     for pair in row.get("history") or []:
         if not (isinstance(pair, list) and len(pair) == 2):
             raise ValueError(f"'history' holds {str(pair)[:60]!r}, which is not a pair of question and answer")
@@ -368,7 +363,7 @@ def from_sharegpt(row: dict) -> list[dict]:
     turns = row["conversations"]
     if not isinstance(turns, list):
         raise ValueError(f"'conversations' is {str(turns)[:60]!r}, not a list of turns")
-    messages = system_of(row)
+    messages = []
     for i, turn in enumerate(turns):
         if not isinstance(turn, dict):
             raise ValueError(f"conversations[{i}] is {str(turn)[:60]!r}, not a turn")
@@ -388,6 +383,8 @@ def from_sharegpt(row: dict) -> list[dict]:
         else:
             known = ", ".join([*SPEAKERS, "function_call"])
             raise ValueError(f"conversations[{i}]: the speaker {speaker!r} is unknown; 'from' must be one of {known}")
+    if [message.get("role") for message in messages[:2]] == ["system", "system"]:
+        raise ValueError("has two system turns; leave one out")
     return messages
 
 
@@ -397,5 +394,10 @@ def as_call(call, i: int) -> dict:
     return {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
 
 
-def system_of(row: dict) -> list[dict]:
-    return [{"role": "system", "content": text_of(row, "system")}] if row.get("system") else []
+def with_system(row: dict, messages):
+    """The messages behind that of a row's `system`. (Messages that are no list are refused later, with all others.)"""
+    if not row.get("system") or not isinstance(messages, list):
+        return messages
+    if messages and isinstance(messages[0], dict) and messages[0].get("role") == "system":
+        raise ValueError("has both a 'system' column and a system turn; leave one out")
+    return [{"role": "system", "content": text_of(row, "system")}, *messages]

@@ -106,9 +106,14 @@ def check_vocabulary(model, tokenizer):
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model's embedding only {embeddings}")
 
 
+def positions_of(model) -> int:
+    """The most tokens that a model takes, if its configuration says; else 2^31."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+
+
 def check_positions(model, *lengths: int):
     """Raises ValueError where a conversation is longer than a model that has learned its positions one by one."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    positions = positions_of(model)
     others = [m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not model.get_input_embeddings()]
     if max(lengths) > positions and any(positions <= module.num_embeddings < max(lengths) for module in others):
         raise ValueError(
@@ -251,10 +256,18 @@ def parallelise(model, config, strategy: str, world_size: int, device: torch.dev
     return DistributedDataParallel(loss, gradient_as_bucket_view=True, broadcast_buffers=False), model
 
 
+def from_rank_0(value):
+    """Rank 0's value, on all ranks."""
+    told = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(told)
+    return told[0]
+
+
 def follow_rank_0(model) -> tuple[bool, dict[str, str]]:
     """(whether the model has a plain head; the tied weights: second name to first), as found on rank 0, which has the
     weights. The outlines on the other ranks take its dtypes. Raises ValueError if their names or shapes differ."""
-    told = [None]
+    found = None
     if dist.get_rank() == 0:
         names, ties = {}, {}
         for name, p in model.named_parameters(remove_duplicate=False):
@@ -264,9 +277,8 @@ def follow_rank_0(model) -> tuple[bool, dict[str, str]]:
             plain = has_plain_head(model)
         except Exception:  # some layers run only on a GPU: the slower path is right for any head
             plain = False
-        told = [(plain, ties, {name: (tensor.dtype, tensor.shape) for name, tensor in tensors_of(model)})]
-    dist.broadcast_object_list(told)
-    plain, ties, contents = told[0]
+        found = plain, ties, {name: (tensor.dtype, tensor.shape) for name, tensor in tensors_of(model)}
+    plain, ties, contents = from_rank_0(found)
     mine = dict(tensors_of(model))
     if [(name, t.shape) for name, t in mine.items()] != [(name, shape) for name, (_, shape) in contents.items()]:
         raise ValueError(f"the weights of {model.config._name_or_path} are not those that its config.json describes")

@@ -12,9 +12,11 @@ def steps_per_epoch(examples: int, global_batch_size: int) -> int:
     return math.ceil(examples / global_batch_size)
 
 
-def steps_of_run(examples: int, global_batch_size: int, max_epochs: int, max_steps: int | None) -> int:
-    steps = max_epochs * steps_per_epoch(examples, global_batch_size)
-    return steps if max_steps is None else min(steps, max_steps)
+def steps_of_run(counts: list[int], weights: list[float], train) -> tuple[int, int]:
+    """(optimizer steps of an epoch, of the run), by a `config.Train`; `counts`, `weights`: see `step_examples`."""
+    per_epoch = steps_per_epoch(sum(epoch_sizes(counts, weights)), train.global_batch_size)
+    steps = train.max_epochs * per_epoch
+    return per_epoch, steps if train.max_steps is None else min(steps, train.max_steps)
 
 
 def epoch_sizes(counts: list[int], weights: list[float]) -> list[int]:

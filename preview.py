@@ -231,9 +231,7 @@ def batches(cfg, examples, world_size: int) -> dict:
     """Steps, and how full and even the rows of some of them are."""
     batch_size, context = cfg.train.global_batch_size, cfg.parallel.context
     groups, max_tokens = max(1, world_size // context), context * cfg.train.max_tokens_per_micro_batch
-    epoch_size = sum(packing.epoch_sizes(examples.counts, examples.weights))
-    per_epoch = packing.steps_per_epoch(epoch_size, batch_size)
-    steps = packing.steps_of_run(epoch_size, batch_size, cfg.train.max_epochs, cfg.train.max_steps)
+    per_epoch, steps = packing.steps_of_run(examples.counts, examples.weights, cfg.train)
     tokens = rows = waited = work = 0
     largest = (0, 0)
     for step in np.unique(np.linspace(1, steps, min(steps, PLANNED_STEPS)).astype(int)).tolist():
@@ -370,12 +368,8 @@ def saved_bytes(model, tokens: int, supervised: int, autocast: torch.dtype | Non
         torch.autocast("cpu", dtype=autocast) if cast else contextlib.nullcontext(),
     ):
         positions = torch.zeros(max(1, supervised), dtype=torch.long)
-        batch = {
-            "input_ids": ids,
-            "position_ids": ids,
-            "documents": None,
-        }
-        modelling.PackedLoss(model, plain_head=True)({**batch, "positions": positions, "targets": positions})
+        batch = {"input_ids": ids, "position_ids": ids, "documents": None, "positions": positions, "targets": positions}
+        modelling.PackedLoss(model, plain_head=True)(batch)
     return sum(count for count, _ in kept.values())
 
 

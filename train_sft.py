@@ -66,10 +66,9 @@ def main():
             dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
         lock = take_output_dir(cfg, output_dir, rank)
         # From here on nobody else writes there, and all ranks resume from the checkpoint that rank 0 sees
-        found = [checkpoint.where_to_start(configuration.to_dict(cfg))[0] if rank == 0 else None, prepared.to_score]
-        if world_size > 1:
-            dist.broadcast_object_list(found)
-        folder, prepared = found[0], prepared._replace(to_score=found[1])
+        folder = checkpoint.where_to_start(configuration.to_dict(cfg))[0] if rank == 0 else None
+        folder, to_score = modelling.from_rank_0((folder, prepared.to_score))
+        prepared = prepared._replace(to_score=to_score)
         start = check_checkpoint(cfg, folder, prepared.train_set)
         barrier()
         watchdog.output_dir, watchdog.step = output_dir, start
@@ -194,7 +193,8 @@ def check_checkpoint(cfg, folder: Path | None, train_set) -> int:
     conversations."""
     if folder is None:
         return 0
-    start, (_, steps) = checkpoint.step_of(folder), steps_of(cfg, train_set)
+    start = checkpoint.step_of(folder)
+    _, steps = packing.steps_of_run(train_set.counts, train_set.weights, cfg.train)
     if steps < start:
         raise ValueError(
             f"train.max_steps (or max_epochs) ends the run at step {steps}, and {folder} is past it; raise it, or name "
@@ -206,13 +206,6 @@ def check_checkpoint(cfg, folder: Path | None, train_set) -> int:
             "output_dir, or bring back the data as they were"
         )
     return start
-
-
-def steps_of(cfg, train_set) -> tuple[int, int]:
-    """(steps of an epoch, steps of the run)."""
-    examples, batch_size = sum(packing.epoch_sizes(train_set.counts, train_set.weights)), cfg.train.global_batch_size
-    steps = packing.steps_of_run(examples, batch_size, cfg.train.max_epochs, cfg.train.max_steps)
-    return packing.steps_per_epoch(examples, batch_size), steps
 
 
 def check_base(folder: Path, name: str, base: str | None):
@@ -297,7 +290,7 @@ def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | N
     watchdog.at("loading the model")
     start = checkpoint.step_of(folder) if folder else 0
     batch_size = cfg.train.global_batch_size
-    steps_per_epoch, steps = steps_of(cfg, train_set)
+    steps_per_epoch, steps = packing.steps_of_run(train_set.counts, train_set.weights, cfg.train)
     with data.from_hub("model.name", cfg.model.name):
         gpu_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
         outline, strategy = None, "ddp"  # one process has nothing to shard
@@ -316,11 +309,9 @@ def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | N
     autocast = modelling.precision(cfg, strategy, device)
     optimizer = modelling.make_optimizer(model, cfg.train)
     adapter = getattr(model, "adapter_config", None)
-    base = [lora.identity(cfg.model) if adapter and rank == 0 else None]
-    if world_size > 1:
-        dist.broadcast_object_list(base)
+    base = modelling.from_rank_0(lora.identity(cfg.model) if adapter and rank == 0 else None)
     if folder:
-        check_base(folder, cfg.model.name, base[0])
+        check_base(folder, cfg.model.name, base)
         checkpoint.load(folder, model, optimizer)
     empty = modelling.skeleton(model.config, model.generation_config, modelling.compute_dtype(cfg), adapter)
     writer = checkpoint.Writer(
@@ -330,7 +321,7 @@ def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | N
         apart = modelling.keeps_documents_apart(model, modelling.compute_dtype(cfg))
         if group:
             modelling.check_shared_row(model, group, modelling.compute_dtype(cfg))
-    apart = all_agree(apart)
+    apart = modelling.from_rank_0(apart)  # what each has measured for itself may differ by rounding
     if not apart and rank == 0:
         print("packed documents would see each other in this model: each row holds one document")
 
@@ -452,7 +443,7 @@ def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | N
                     "train/tokens_per_second": tokens / (time.perf_counter() - clock),
                 },
             )
-        figures = {"data": train_set.digest, "base": base[0]}
+        figures = {"data": train_set.digest, "base": base}
         if cfg.validation.every and (step % cfg.validation.every == 0 or step == steps):
             figures |= validate(step)
         if stops or step == steps or (cfg.checkpoint.every and step % cfg.checkpoint.every == 0):
@@ -519,14 +510,6 @@ def all_sum(value: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(value)
     return value
-
-
-def all_agree(value: bool) -> bool:
-    """Rank 0's, on all ranks: what each has measured for itself may differ by rounding."""
-    told = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(told)
-    return told[0]
 
 
 def name_the_broken(step, loss, grad_norm, rows, losses, train_set, world_size):

@@ -36,16 +36,15 @@ TRL = {  # what each setting changes in SFTConfig
     "trl_best_micro": {**SAME_TOKENS, "per_device_train_batch_size": 1},
     "trl_packing": {**SAME_TOKENS, "packing": True},
     "trl_lora": {**SAME_TOKENS, "per_device_train_batch_size": 1},
-}
-# What pays on a GPU alone, in an environment that has liger-kernel, and flash-attn or kernels
-FLASH = {"packing": True, "use_liger_kernel": True, "attn_implementation": "flash_attention_2"}
-ON_GPU = {
-    "trl_liger": {**TRL["trl_best"], "use_liger_kernel": True},
-    "trl_flash": {**SAME_TOKENS, **FLASH},
-}
+    "trl_liger": {**SAME_TOKENS, "train_sampling_strategy": "group_by_length", "use_liger_kernel": True},
+    "trl_flash": {
+        **SAME_TOKENS, "packing": True, "use_liger_kernel": True, "attn_implementation": "flash_attention_2",
+    },
+}  # fmt: skip
 LORA = {"rank": 16, "alpha": 16}  # on all linear layers but the output layer, on both sides
 OURS = {"ours": [], "ours_lora": [f"model.lora.{name}={value}" for name, value in LORA.items()]}
-COMPILED = {"ours_compile": ["model.compile=true"]}  # on a GPU
+OURS["ours_compile"] = ["model.compile=true"]
+ON_GPU = ("ours_compile", "trl_liger", "trl_flash")  # pay there alone; TRL's need liger-kernel, and flash-attn
 
 
 def sizes(device: str) -> dict:
@@ -61,13 +60,10 @@ def sizes(device: str) -> dict:
 
 def main():
     if sys.argv[1:2] == ["worker"]:
-        TRL.update(ON_GPU), OURS.update(COMPILED)
         return worker(sys.argv[2], Path(sys.argv[3]))
     import torch
 
-    if torch.cuda.is_available():
-        TRL.update(ON_GPU), OURS.update(COMPILED)
-    settings = [*OURS, *TRL]
+    settings = [name for name in [*OURS, *TRL] if torch.cuda.is_available() or name not in ON_GPU]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="*", default=settings, help=f"of {', '.join(settings)}; none: all")
     parser.add_argument("--rounds", type=int, default=2, help="how often each setting is run (2)")
@@ -261,7 +257,7 @@ def train_trl(name, work, folder, device) -> dict:
 
     meter = Meter(device == "cuda")
     options = {"per_device_train_batch_size": work["micro_batch"], **TRL[name]}
-    kernel = {name: options.pop(name) for name in ("attn_implementation",) if name in options}
+    kernel = options.pop("attn_implementation", None)  # None: the model's default
     if options.get("packing"):  # a packed row of 1,024 tokens holds about five conversations
         rows = math.ceil(work["batch"] / 5)
         options["per_device_train_batch_size"] = min(rows, 4)
@@ -272,7 +268,7 @@ def train_trl(name, work, folder, device) -> dict:
         output_dir=str(folder / "trl"), report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
         bf16=work["dtype"] == "bfloat16", max_steps=WARM_UP + work["steps"], **options,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float32", **kernel)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float32", attn_implementation=kernel)
 
     def count(module, arguments, inputs):
         labels, mask = inputs["labels"], inputs.get("attention_mask")
