@@ -117,11 +117,25 @@ class MetadataReader(pickle.Unpickler):
     }  # fmt: skip
 
     def find_class(self, module, name):
+        if module == "pathlib._local":  # as Python 3.13 calls it
+            module = "pathlib"
         if name in self.ALLOWED.get(module, ()):
             return super().find_class(module, name)
+        if (module, name) == (
+            "builtins",
+            "getattr",
+        ):  # through which Python 3.11.0 to 3.11.3 pickle a member of an enum
+            return memory_format
         if module == "torch" and isinstance(getattr(torch, name, None), (torch.dtype, torch.layout)):
             return getattr(torch, name)
         raise pickle.UnpicklingError(f"state/.metadata names {module}.{name}, which is no part of a checkpoint")
+
+
+def memory_format(enum, name: str):
+    """The member of torch's list of memory formats, and no attribute of anything else."""
+    if enum is not torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING:
+        raise pickle.UnpicklingError(f"state/.metadata asks for {name} of {enum}, which is no part of a checkpoint")
+    return enum[name]
 
 
 def read_metadata(state: Path):

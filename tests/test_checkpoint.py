@@ -1,4 +1,6 @@
 import contextlib
+import enum
+import io
 import json
 import os
 import pickle
@@ -229,6 +231,37 @@ def test_a_list_of_contents_that_would_run_code_is_not_read(tmp_path):
     with pytest.raises(ValueError, match="os.system"):
         checkpoint.load(tmp_path, *tiny())
     assert not (tmp_path / "ran").exists()
+    (tmp_path / "state/.metadata").write_bytes(as_other_pythons_pickle(torch.distributed.checkpoint.Metadata, "mro"))
+    with pytest.raises(ValueError, match="asks for mro"):
+        checkpoint.load(tmp_path, *tiny())
+
+
+def as_other_pythons_pickle(value, attribute=None) -> bytes:
+    """As 3.11.0 to 3.11.3 pickle a member of an enum (or another attribute), and 3.13 a path."""
+
+    class Pickler(pickle.Pickler):
+        def reducer_override(self, part):
+            return (getattr, (type(part), part.name)) if isinstance(part, enum.Enum) else NotImplemented
+
+    class Attribute:
+        def __reduce__(self):
+            return getattr, (value, attribute)
+
+    file = io.BytesIO()
+    Pickler(file, protocol=3).dump(Attribute() if attribute else value)
+    return file.getvalue().replace(b"cpathlib\n", b"cpathlib._local\n")
+
+
+def test_a_checkpoint_that_another_python_has_written_is_read(tmp_path):
+    model, optimizer = tiny()
+    a_step(model, optimizer)
+    writer(tmp_path, model).save(1, model, optimizer, {})
+    state = checkpoint.find(tmp_path)[0] / "state"
+    metadata = checkpoint.read_metadata(state)
+    pickled = as_other_pythons_pickle(metadata)
+    assert b"getattr" in pickled and b"pathlib._local" in pickled
+    (state / ".metadata").write_bytes(pickled)
+    assert checkpoint.read_metadata(state) == metadata
 
 
 def test_keys_that_change_batches_or_model_may_not_differ_and_others_may():
