@@ -121,10 +121,7 @@ class MetadataReader(pickle.Unpickler):
             module = "pathlib"
         if name in self.ALLOWED.get(module, ()):
             return super().find_class(module, name)
-        if (module, name) == (
-            "builtins",
-            "getattr",
-        ):  # through which Python 3.11.0 to 3.11.3 pickle a member of an enum
+        if f"{module}.{name}" == "builtins.getattr":  # so Python 3.11.0 to 3.11.3 pickle a member of an enum
             return memory_format
         if module == "torch" and isinstance(getattr(torch, name, None), (torch.dtype, torch.layout)):
             return getattr(torch, name)

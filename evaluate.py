@@ -9,7 +9,6 @@ exact match and F1 are those of its official script; elsewhere an answer is righ
 
 import argparse
 import collections
-import datetime
 import json
 import os
 import re
@@ -20,7 +19,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -28,6 +26,7 @@ import checkpoint
 import config as configuration
 import data
 import model as modelling
+import ranks
 import templates
 
 LONGEST = 256  # tokens of an answer; a right one that is longer counts as missed
@@ -137,7 +136,7 @@ def answer_all(
     batches, as a sharded model needs. A batch holds prompts of similar length; one of more than one prompt has at most
     `max_tokens` tokens, answers included. A prompt of `max_prompt` tokens or more, or that leaves no room in the model,
     gets an empty answer. `note_place` is called before each batch, `alive` at each token."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world_size = ranks.rank_and_size()
     max_new_tokens = min(LONGEST, max(32, max(question.tokens for question in questions) + 8))
     lengths, positions = [len(question.prompt) for question in questions], modelling.positions_of(model)
     order = sorted(range(len(questions)), key=lengths.__getitem__)
@@ -157,11 +156,7 @@ def answer_all(
                 found[i] = text_of(tokenizer, ids)
             bar.update(len(everybodys))
             at += len(everybodys)
-    gathered = [found]
-    if world_size > 1:
-        gathered = [None] * world_size
-        dist.all_gather_object(gathered, found)
-    everything = {i: text for part in gathered for i, text in part.items()}
+    everything = {i: text for part in ranks.from_all(found) for i, text in part.items()}
     return [everything.get(i, "") for i in range(len(questions))]
 
 
@@ -227,19 +222,17 @@ def main():
 def evaluate(options):
     check_output(options.output)
     cfg = configuration.from_command_line(with_config_of(options.model, options.arguments))
-    rank, device = int(os.environ.get("RANK", 0)), modelling.take_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
-
+    device = modelling.take_device(int(os.environ.get("LOCAL_RANK", 0)))
+    ranks.start_group()
+    rank, world_size = ranks.rank_and_size()
     name = checkpoint.find_model(options.model)
     with data.from_hub("the model", name):
         tokenizer = AutoTokenizer.from_pretrained(name)
         dtype = modelling.compute_dtype(cfg) if device.type == "cuda" else torch.float32
         model = modelling.open_saved(name, dtype)
     stop_ids = modelling.stop_ids_of(model, tokenizer)
-    if cfg.parallel.strategy == "fsdp" and dist.is_initialized():
-        _, model = modelling.parallelise(model, cfg, "fsdp", dist.get_world_size(), device)
+    if cfg.parallel.strategy == "fsdp" and world_size > 1:
+        _, model = modelling.parallelise(model, cfg, "fsdp", world_size, device)
     else:
         model.to(device)
     questions = None
@@ -250,7 +243,7 @@ def evaluate(options):
         if not questions:
             raise ValueError("the validation split has no turn of the assistant to ask for")
         names = [entry.name for entry in entries]
-    questions = modelling.from_rank_0(questions)
+    questions = ranks.from_rank_0(questions)
     max_tokens = cfg.train.max_tokens_per_micro_batch
     answers = answer_all(model, tokenizer, questions, stop_ids, max_tokens, batch_size=options.batch_size)
     if rank == 0:
@@ -260,8 +253,7 @@ def evaluate(options):
         print("\n".join(f"{figure} {100 * value:.2f} %" for figure, value in figures.items()))
         if options.output:
             write_answers(Path(options.output), names, places, tokenizer, questions, answers)
-    if dist.is_initialized():
-        dist.barrier()
+    ranks.barrier()
 
 
 def check_output(name: str | None):
@@ -302,7 +294,4 @@ def write_answers(path: Path, names, places, tokenizer, questions, answers):
 
 if __name__ == "__main__":
     main()
-    # As in train_sft.py: threads of the process group have aborted processes that were done
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    ranks.leave()

@@ -28,6 +28,7 @@ from transformers.utils import logging
 import attention
 import lora
 import packing
+import ranks
 
 logging.disable_progress_bar()  # a bar per export says nothing; what matters is printed by train_sft.py
 
@@ -159,10 +160,10 @@ def keeps_documents_apart(model, dtype: torch.dtype) -> bool:
 def check_shared_row(model, group, dtype: torch.dtype):
     """Raises ValueError unless the ranks that share a row get the logits that one alone gets: measured, as above."""
     model.eval()
-    rank, ranks, tokens = dist.get_rank(group), dist.get_world_size(group), 40
+    rank, size, tokens = dist.get_rank(group), dist.get_world_size(group), 40
     vocabulary, generator = model.get_input_embeddings().num_embeddings, torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (1, tokens), generator=generator).to(model.device)
-    positions, mine = torch.arange(tokens, device=model.device)[None], packing.slice_of(tokens, rank, ranks)
+    positions, mine = torch.arange(tokens, device=model.device)[None], packing.slice_of(tokens, rank, size)
     whole = model(ids, position_ids=positions, use_cache=False).logits[:, mine].float()  # (1, my tokens, vocabulary)
     starts = torch.tensor([0, tokens], dtype=torch.int32, device=model.device)
     shared = {"documents": attention.Documents([tokens], starts), "context_group": group}
@@ -172,7 +173,7 @@ def check_shared_row(model, group, dtype: torch.dtype):
     dist.all_reduce(off, dist.ReduceOp.MAX)
     if not off <= (1e-4 if dtype == torch.float32 else 0.1):
         raise ValueError(
-            f"parallel.context = {ranks}: in this model tokens meet outside its attention (logits are off by {off:.0%} "
+            f"parallel.context = {size}: in this model tokens meet outside its attention (logits are off by {off:.0%} "
             "where ranks share a row); set parallel.context=1"
         )
 
@@ -256,14 +257,6 @@ def parallelise(model, config, strategy: str, world_size: int, device: torch.dev
     return DistributedDataParallel(loss, gradient_as_bucket_view=True, broadcast_buffers=False), model
 
 
-def from_rank_0(value):
-    """Rank 0's value, on all ranks."""
-    told = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(told)
-    return told[0]
-
-
 def follow_rank_0(model) -> tuple[bool, dict[str, str]]:
     """(whether the model has a plain head; the tied weights: second name to first), as found on rank 0, which has the
     weights. The outlines on the other ranks take its dtypes. Raises ValueError if their names or shapes differ."""
@@ -278,7 +271,7 @@ def follow_rank_0(model) -> tuple[bool, dict[str, str]]:
         except Exception:  # some layers run only on a GPU: the slower path is right for any head
             plain = False
         found = plain, ties, {name: (tensor.dtype, tensor.shape) for name, tensor in tensors_of(model)}
-    plain, ties, contents = from_rank_0(found)
+    plain, ties, contents = ranks.from_rank_0(found)
     mine = dict(tensors_of(model))
     if [(name, t.shape) for name, t in mine.items()] != [(name, shape) for name, (_, shape) in contents.items()]:
         raise ValueError(f"the weights of {model.config._name_or_path} are not those that its config.json describes")

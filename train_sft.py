@@ -6,7 +6,6 @@ python train_sft.py                     # one process; configs/squad.yaml where 
 
 import contextlib
 import copy
-import datetime
 import fcntl
 import functools
 import json
@@ -31,8 +30,9 @@ import evaluate
 import lora
 import model as modelling
 import packing
+import ranks
 from tracking import Tracker
-from watchdog import Watchdog, connect
+from watchdog import Watchdog
 
 USAGE = "usage: train_sft.py [CONFIG.yaml | --config CONFIG.yaml] [KEY=VALUE ...]   (none: configs/squad.yaml)"
 
@@ -60,17 +60,14 @@ def main():
             return
         watchdog.at("preparing the data")
         prepared = prepare(cfg, rank, local_rank)
-        if world_size > 1:
-            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            # So long because hangs are the watchdog's business: it names the rank
-            dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+        ranks.start_group()
         lock = take_output_dir(cfg, output_dir, rank)
         # From here on nobody else writes there, and all ranks resume from the checkpoint that rank 0 sees
         folder = checkpoint.where_to_start(configuration.to_dict(cfg))[0] if rank == 0 else None
-        folder, to_score = modelling.from_rank_0((folder, prepared.to_score))
+        folder, to_score = ranks.from_rank_0((folder, prepared.to_score))
         prepared = prepared._replace(to_score=to_score)
         start = check_checkpoint(cfg, folder, prepared.train_set)
-        barrier()
+        ranks.barrier()
         watchdog.output_dir, watchdog.step = output_dir, start
         if rank == 0:
             for line in checkpoint.clear_leftovers(output_dir):
@@ -81,8 +78,8 @@ def main():
             if stop.exists() and stop.stat().st_mtime < started:
                 stop.unlink()
                 print(f"{stop} was there before this start, and is gone: it was meant for an earlier one")
-        barrier()
-        train(cfg, (rank, local_rank, world_size), prepared, folder, watchdog, began)
+        ranks.barrier()
+        train(cfg, local_rank, prepared, folder, watchdog, began)
         watchdog.close()
         del lock
     except (ValueError, OSError, FloatingPointError) as error:
@@ -111,7 +108,7 @@ def configuration_error(message: str):
 def launch(cfg) -> tuple[int, int, int]:
     """(rank, local_rank, world_size) as torchrun set them; without torchrun, start it if more than one is asked for."""
     processes, nodes = cfg.cluster.gpus_per_node, cfg.cluster.num_nodes
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not ranks.from_torchrun():
         if (nodes or 1) > 1:
             configuration_error(f"cluster.num_nodes = {nodes} needs torchrun on each machine; see slurm/ or the README")
         if (processes or 1) > 1:
@@ -151,19 +148,18 @@ def start_processes(processes: int, output_dir: Path) -> int:
 def take_output_dir(cfg, output_dir: Path, rank: int):
     """Rank 0 makes the folder and locks it; the others check that they see the same one. Returns the lock."""
     lock = lock_output_dir(cfg, output_dir) if rank == 0 else None
-    mark = [f"{socket.gethostname()} {os.getpid()} {time.time()}"]
+    mark = f"{socket.gethostname()} {os.getpid()} {time.time()}"
     if lock:
         lock.truncate(0)
-        lock.write(mark[0])
+        lock.write(mark)
         lock.flush()
-    if dist.is_initialized():
-        dist.broadcast_object_list(mark)
-        if not (output_dir / ".lock").is_file() or (output_dir / ".lock").read_text(encoding="utf-8") != mark[0]:
-            raise ValueError(
-                f"output_dir = {cfg.output_dir!r} on {socket.gethostname()} is not the folder that the first machine "
-                "writes to; name one on storage that all machines share"
-            )
-        dist.barrier()
+    mark = ranks.from_rank_0(mark)
+    if not (output_dir / ".lock").is_file() or (output_dir / ".lock").read_text(encoding="utf-8") != mark:
+        raise ValueError(
+            f"output_dir = {cfg.output_dir!r} on {socket.gethostname()} is not the folder that the first machine "
+            "writes to; name one on storage that all machines share"
+        )
+    ranks.barrier()
     return lock
 
 
@@ -218,11 +214,6 @@ def check_base(folder: Path, name: str, base: str | None):
         )
 
 
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
 # ---- data, before any process group ----------------------------------------------------------------------------------
 
 
@@ -244,8 +235,8 @@ def prepare(cfg, rank: int, local_rank: int) -> Prepared:
     if rank == 0 and "HF_HOME" not in os.environ:
         print(f"HF_HOME is not set: downloads and tokens are kept in {constants.HF_HOME}")
     store = None
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        store = connect()
+    if ranks.from_torchrun():
+        store = ranks.store()
         name = f"prepared/{os.environ['TORCHELASTIC_RESTART_COUNT']}/{os.environ['GROUP_RANK']}"
     tokenizer = data.load_tokenizer(cfg)
     if local_rank == 0:
@@ -280,9 +271,9 @@ def prepare(cfg, rank: int, local_rank: int) -> Prepared:
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
 
-def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | None, watchdog, began: float):
+def train(cfg, local_rank: int, prepared: Prepared, folder: Path | None, watchdog, began: float):
     """`folder`: the checkpoint to go on from, or None; `began`: when this process started, for `must_save_by`."""
-    rank, local_rank, world_size = ranks
+    rank, world_size = ranks.rank_and_size()
     tokenizer, train_set, validation_set, stop_ids, to_score = prepared
     output_dir = Path(cfg.output_dir)
     device = modelling.take_device(local_rank)
@@ -309,7 +300,7 @@ def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | N
     autocast = modelling.precision(cfg, strategy, device)
     optimizer = modelling.make_optimizer(model, cfg.train)
     adapter = getattr(model, "adapter_config", None)
-    base = modelling.from_rank_0(lora.identity(cfg.model) if adapter and rank == 0 else None)
+    base = ranks.from_rank_0(lora.identity(cfg.model) if adapter and rank == 0 else None)
     if folder:
         check_base(folder, cfg.model.name, base)
         checkpoint.load(folder, model, optimizer)
@@ -321,7 +312,7 @@ def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | N
         apart = modelling.keeps_documents_apart(model, modelling.compute_dtype(cfg))
         if group:
             modelling.check_shared_row(model, group, modelling.compute_dtype(cfg))
-    apart = modelling.from_rank_0(apart)  # what each has measured for itself may differ by rounding
+    apart = ranks.from_rank_0(apart)  # what each has measured for itself may differ by rounding
     if not apart and rank == 0:
         print("packed documents would see each other in this model: each row holds one document")
 
@@ -368,7 +359,7 @@ def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | N
                 watchdog.at(f"validation row {i + 1} of {len(validation_rows)}")
                 sums[k] += parallel_model(collate(validation_set, row))
         model.train()
-        sums = all_sum(sums).tolist()
+        sums = ranks.all_sum(sums).tolist()
         tokens = [int(validation_set.supervised[part.start : part.stop].sum()) for part in parts]
         loss = sum(sums) / sum(tokens)
         watchdog.at("answering")
@@ -421,10 +412,10 @@ def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | N
         reason = (
             watchdog.asked[0] if watchdog.asked else stop_reason(cfg, output_dir, began, 2 * slowest + writer.slowest)
         )
-        total, stops = all_sum(torch.stack([losses.sum(), losses.new_tensor(float(reason is not None))])).tolist()
+        total, stops = ranks.all_sum(torch.stack([losses.sum(), losses.new_tensor(float(reason is not None))])).tolist()
         step_loss = total / supervised
         if not (math.isfinite(step_loss) and math.isfinite(grad_norm)):
-            name_the_broken(step, step_loss, grad_norm, rows, losses, train_set, world_size)
+            name_the_broken(step, step_loss, grad_norm, rows, losses, train_set)
         for group in optimizer.param_groups:
             group["lr"] = modelling.learning_rate(cfg.train, step, steps)
         optimizer.step()
@@ -472,7 +463,7 @@ def train(cfg, ranks: tuple[int, int, int], prepared: Prepared, folder: Path | N
         checkpoint.write_status(output_dir, "finished", steps)
     if tracker:
         tracker.close()
-    barrier()
+    ranks.barrier()
 
 
 def forward_backward(parallel_model, rows, collate, autocast, scale: float, note_place=lambda place: None):
@@ -506,20 +497,11 @@ def clip(model, max_norm: float | None) -> float:
     return float(norm)
 
 
-def all_sum(value: torch.Tensor) -> torch.Tensor:
-    if dist.is_initialized():
-        dist.all_reduce(value)
-    return value
-
-
-def name_the_broken(step, loss, grad_norm, rows, losses, train_set, world_size):
+def name_the_broken(step, loss, grad_norm, rows, losses, train_set):
     """Raise on all ranks, naming the conversations whose loss is not finite (or all of the step's)."""
     broken = [i for row, value in zip(rows, losses, strict=True) if not torch.isfinite(value) for i in row]
     everything = [i for row in rows for i in row]
-    gathered = [(broken, everything)]
-    if world_size > 1:
-        gathered = [None] * world_size
-        dist.all_gather_object(gathered, (broken, everything))
+    gathered = ranks.from_all((broken, everything))
     named = {i for part, _ in gathered for i in part} or {i for _, part in gathered for i in part}
     names = [
         f"{train_set.names[train_set.part_of(i)]} " if len(train_set.names) > 1 else "" for i in sorted(named)[:20]
@@ -553,7 +535,4 @@ def samples(asked, answers, tokenizer, tracker, step: int):
 
 if __name__ == "__main__":
     main()
-    # Everything is written. Process group threads that outlive the interpreter have aborted runs that had finished
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    ranks.leave()

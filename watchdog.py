@@ -1,6 +1,5 @@
 """A thread on each rank that receives signals, and ends the run within seconds if a rank fails, hangs or is gone."""
 
-import datetime
 import json
 import os
 import re
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 import checkpoint
+import ranks
 
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
 GONE_AFTER = 60  # seconds without a sign of life from a process: stopped, swapped out, or its machine is dead
@@ -37,10 +37,10 @@ class Watchdog:
         self.main_thread, self.parent = threading.get_ident(), os.getppid()
         self.lock, self.closed = threading.Lock(), False
         self.store = None
-        if "TORCHELASTIC_RUN_ID" in os.environ:
+        if ranks.from_torchrun():
             run, attempt = os.environ["TORCHELASTIC_RUN_ID"], os.environ["TORCHELASTIC_RESTART_COUNT"]
             self.prefix = f"sft/{run}/{attempt}/"
-            self.store = connect()
+            self.store = ranks.store()
             self.give_beat(self.store)
             threading.Thread(target=self.watch, daemon=True).start()
         else:
@@ -132,7 +132,7 @@ class Watchdog:
                         self.end(0, "stopped", f"stopped by {name} at step {self.step or 0}, with nothing to save")
 
     def watch(self):
-        store, neighbour = connect(), (self.rank + 1) % self.world_size
+        store, neighbour = ranks.store(), (self.rank + 1) % self.world_size
         seen, seen_at, last = None, time.monotonic(), time.monotonic()
         while True:
             time.sleep(0.5)
@@ -215,12 +215,6 @@ class Watchdog:
         names = "; ".join(f"{describe(rank, beats[rank])}, {beats[rank]['line']}" for rank in behind[:8])
         others = "" if len(behind) == len(beats) else "; the others wait for it"
         self.end(1, "failed", f"error: {self.no_progress()}: {names}{others}")
-
-
-def connect() -> dist.TCPStore:
-    """torchrun's own store. One connection per thread: a get that waits blocks its connection."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(address, port, is_master=False, timeout=datetime.timedelta(days=7))
 
 
 def is_running(pid: int) -> bool:
