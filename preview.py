@@ -6,6 +6,7 @@ Needs no GPU. The exit code is 1 if something would stop the run; each such thin
 """
 
 import argparse
+import collections
 import contextlib
 import html
 import importlib.util
@@ -31,6 +32,7 @@ import templates
 
 GIB = 2**30
 PLANNED_STEPS = 100  # as many steps, evenly over the run, are packed for the figures
+COMPARED = {"rows": 200, "messages": 1000}  # at most, of each dataset, rendered without their tools, calls, ...
 
 
 def main():
@@ -92,7 +94,7 @@ def preview(cfg, options, report: dict, samples: list):
     tokenizer = data.load_tokenizer(cfg)
     entries, prepared = [], None
     try:
-        entries = data.load_entries(cfg.data)
+        entries = data.load_entries(cfg)
         prepared = data.tokenise_splits(cfg, tokenizer, entries)
     except ValueError as error:
         report["problems"] += bad_rows(cfg, tokenizer, entries) or [str(error)]
@@ -102,6 +104,8 @@ def preview(cfg, options, report: dict, samples: list):
         for split in ("train", "validation"):
             with problem(report):
                 examples = data.open_split(prepared, split, cfg.data)
+                if examples is None:
+                    continue
                 examples.check(split)
                 runs = trained_runs(examples)
                 hashes[split] = hashes_of(examples, runs)
@@ -109,6 +113,7 @@ def preview(cfg, options, report: dict, samples: list):
                 sets[split] = examples
     if "train" in sets:
         train = sets["train"]
+        report["left_out"] = left_out(entries, tokenizer)
         report["stop_tokens"] = tokenizer.convert_ids_to_tokens(data.find_stop_ids(tokenizer, train))
         if "validation" in sets:
             report["overlap"] = overlap(hashes["train"], hashes["validation"])
@@ -227,6 +232,23 @@ def overlap(train, validation) -> dict:
     }
 
 
+def left_out(entries, tokenizer) -> dict:
+    """For each training split, in how many of the rows looked at the template leaves something out, by what it is."""
+    found = {}
+    for _, split, rows, name in data.rows_of(entries):
+        if split == "train":
+            found[name], messages = collections.Counter(), 0
+            for i in dict.fromkeys(np.random.default_rng(0).integers(len(rows), size=COMPARED["rows"]).tolist()):
+                row = rows[i]
+                tools, variables = row.get("tools") or None, tokenizer.special_tokens_map
+                found[name].update(templates.left_out(tokenizer.chat_template, row["messages"], tools, **variables))
+                found[name]["rows"] += 1
+                messages += len(row["messages"])
+                if messages >= COMPARED["messages"]:
+                    break
+    return found
+
+
 def batches(cfg, examples, world_size: int) -> dict:
     """Steps, and how full and even the rows of some of them are."""
     batch_size, context = cfg.train.global_batch_size, cfg.parallel.context
@@ -269,6 +291,13 @@ def notes(cfg, report: dict) -> list[str]:
             found.append(
                 f"{split}: {part['overlong']:,} conversations are longer than {cfg.data.max_seq_length:,} tokens: "
                 f"{part['overlong_are']} (data.overlong)"
+            )
+    for name, of_it in report.get("left_out", {}).items():
+        parts = [f"{what} in {count:,}" for what, count in of_it.items() if what != "rows"]
+        if parts:
+            found.append(
+                f"{name}: of {of_it['rows']:,} conversations looked at, the chat template leaves out "
+                f"{', '.join(parts)}: the model never sees it"
             )
     if report.get("overlap", {}).get("prompts"):
         found.append(

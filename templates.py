@@ -73,6 +73,31 @@ def render_turns(chat_template, messages, tools=None, **variables) -> tuple[str,
     return text, turns
 
 
+def left_out(chat_template: str, messages: list[dict], tools: list[dict] | None = None, **variables) -> set[str]:
+    """What of a conversation the template does not print, as "tools" or "reasoning_content (assistant)": the text is
+    the same without it. Raises ValueError where the template refuses the conversation."""
+    compiled = compile_template(chat_template)
+
+    def text(messages, tools):
+        return Chat(compiled, [prepared(message) for message in messages], tools, variables).plain_text()
+
+    def is_whole(messages, tools) -> bool:
+        try:
+            return text(messages, tools) == whole
+        except ValueError:
+            return False
+
+    whole, found = text(messages, tools), set()
+    if tools and is_whole(messages, None):
+        found.add("tools")
+    for i, message in enumerate(messages):
+        for name in ("content", "tool_calls", "reasoning_content", "reasoning", "thinking"):
+            without = {**message, name: "" if name == "content" else None}
+            if message.get(name) and is_whole([*messages[:i], without, *messages[i + 1 :]], tools):
+                found.add(f"{name} ({message['role']})")
+    return found
+
+
 class Segment(NamedTuple):
     start: int
     end: int

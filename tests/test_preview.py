@@ -46,6 +46,7 @@ def test_the_figures_as_json_are_those_of_the_data(tmp_path):
     ]
     rows += [{"messages": [*rows[0]["messages"], *rows[1]["messages"]]}]
     rows += [{"messages": [{"role": "user", "content": "word " * 400}, {"role": "assistant", "content": "No."}]}]
+    rows[1]["tools"] = [{"type": "function", "function": {"name": "is_odd"}}]  # the template has no place for them
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "validation.jsonl").write_text(json.dumps(rows[0]) + "\n" + json.dumps(
         {"messages": [rows[1]["messages"][0], {"role": "assistant", "content": "Of course."}]}
@@ -64,6 +65,8 @@ def test_the_figures_as_json_are_those_of_the_data(tmp_path):
     assert (report["batches"]["steps_per_epoch"], report["batches"]["steps"]) == (2, 6)
     assert report["stop_tokens"][0] == "<|im_end|>" and report["problems"] == []
     assert any("overlong" in note for note in report["notes"])
+    assert report["left_out"] == {"train train": {"rows": 7, "tools": 1}}
+    assert any("7 conversations looked at, the chat template leaves out tools in 1" in note for note in report["notes"])
 
 
 @pytest.mark.parametrize(

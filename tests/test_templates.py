@@ -271,3 +271,23 @@ def test_a_template_that_prints_no_answer_is_refused():
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with pytest.raises(ValueError, match="prints nothing of what the assistant says"):
         templates.encode(AutoTokenizer.from_pretrained("configs/quickstart"), messages, chat_template="hello")
+
+
+def test_what_a_template_leaves_out_is_told():
+    template = (
+        "{% for message in messages %}{% if message.role != 'system' %}<{{ message.role }}>{{ message.content }}"
+        "{% if message.reasoning_content and loop.last %}({{ message.reasoning_content }}){% endif %};{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Ho", "thinking": "hm", "tool_calls": [call]},
+        {"role": "user", "content": ""},
+        {"role": "assistant", "content": "Ha", "reasoning_content": "hm"},
+    ]
+    found = {"tools", "content (system)", "thinking (assistant)", "tool_calls (assistant)"}
+    assert templates.left_out(template, messages, [call]) == found
+    template += "{{ tools }}{{ messages[0].content }}{{ messages[2].tool_calls }}{{ messages[2].thinking }}"
+    assert templates.left_out(template, messages, [call]) == set()
