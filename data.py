@@ -104,7 +104,7 @@ class OpenAssistant:
         "{%- if add_generation_prompt -%}{{- 'Assistant:\\n' -}}{%- endif -%}"
     )
 
-    def __init__(self, seed: int = 42, validation: float = 0.05):
+    def __init__(self, seed: int = 42, validation: float | None = 0.05):
         with from_hub("data.dataset", "OpenAssistant/oasst1"):
             path = huggingface_hub.hf_hub_download(
                 "OpenAssistant/oasst1", "2023-04-12_oasst_ready.trees.jsonl.gz", repo_type="dataset"
@@ -118,7 +118,7 @@ class OpenAssistant:
                 if len(path_texts) >= 2:
                     messages = [{"role": "system", "content": self.system}, *path_texts]
                     splits["validation" if i in chosen else "train"].append({"messages": messages})
-        self.formatted_ds = splits
+        self.formatted_ds = {split: rows for split, rows in splits.items() if rows}
         self.task_spec = TaskDataSpec("openassistant", self.custom_template)
 
 
@@ -135,11 +135,11 @@ def tree_paths(node: dict):
 class Chats:
     """Files of conversations, see formats.py: a file, a glob or a folder of .jsonl, .jsonl.gz, .json and .parquet.
 
-    `validation`: files too, or the fraction of the rows that is held out (the same ones for the same seed). `format`:
-    messages, prompt_completion, alpaca or sharegpt; None: recognised by the columns of all rows.
+    `validation`: files too, or the fraction of the rows that is held out (the same ones for the same seed), or None.
+    `format`: messages, prompt_completion, alpaca or sharegpt; None: recognised by the columns of all rows.
     """
 
-    def __init__(self, path: str, validation: str | float = 0.05, seed: int = 42, format: str | None = None):
+    def __init__(self, path: str, validation: str | float | None = 0.05, seed: int = 42, format: str | None = None):
         if isinstance(validation, str):
             # The files of a folder or a glob but those that are validated on; a file that is named is wanted
             without = [] if Path(path).is_file() else formats.find_files(validation)
@@ -153,7 +153,8 @@ class Chats:
 
 
 class HubChats:
-    """A data set of the Hub, in a format of formats.py. `validation`: a split's name, or a fraction of `train`."""
+    """A data set of the Hub, in a format of formats.py. `validation`: a split's name, a fraction of `train`, or
+    None."""
 
     def __init__(
         self, path: str, subset: str | None = None, train: str = "train", validation="validation", seed: int = 42,
@@ -179,24 +180,39 @@ BUILT_IN = {"squad": Squad, "openassistant": OpenAssistant}
 
 
 class Entry(NamedTuple):
-    """A dataset of the run; `weight`: passes over its training split per epoch (0: validation only)."""
+    """A dataset of the run; `weight`: passes over its training split per epoch; `splits`: those that are read."""
 
     name: str
     dataset: object
     weight: float
+    splits: list[str]
 
 
-def load_entries(config) -> list[Entry]:
-    """The datasets that a `config.Data` asks for, each under a unique name."""
-    asked = config.dataset if isinstance(config.dataset, list) else [{"dataset": config.dataset, "args": config.args}]
-    entries = []
-    for entry in asked:
-        dataset = load_dataset_class(entry["dataset"], entry.get("args", {}))
+def load_entries(config, scoring: bool = False) -> list[Entry]:
+    """The datasets that a `config.Config` asks for, each under a unique name. Of a run, the training split is read,
+    unless its weight is 0, and the validation split, unless the run never validates; for `scoring`, the validation
+    split alone. Raises ValueError where there is nothing to read."""
+    named = {"dataset": config.data.dataset, "args": config.data.args}
+    entries, validated = [], scoring or config.validation.every is not None
+    for asked in config.data.dataset if isinstance(config.data.dataset, list) else [named]:
+        weight = float(asked.get("weight", 1))
+        dataset = load_dataset_class(asked["dataset"], asked.get("args", {}))
+        splits = [] if scoring or weight == 0 else ["train"]
+        if validated and "validation" in dataset.formatted_ds:  # one of a mixture need not have it
+            splits.append("validation")
+        for split in splits:
+            if len(dataset.formatted_ds.get(split, ())) == 0:
+                raise ValueError(f"data.dataset = {asked['dataset']!r}: the split {split!r} is empty")
         name = dataset.task_spec.task_name
         taken = {other.name for other in entries}
         free = next(n for n in itertools.chain([name], (f"{name}_{k}" for k in itertools.count(2))) if n not in taken)
-        entries.append(Entry(free, dataset, float(entry.get("weight", 1))))
-    return entries
+        entries.append(Entry(free, dataset, weight, splits))
+    if validated and not any("validation" in entry.splits for entry in entries):
+        raise ValueError(
+            f"data.dataset = {config.data.dataset!r} has no validation split: set data.args.validation, or, to train "
+            "without one, validation.every=null"
+        )
+    return [entry for entry in entries if entry.splits]
 
 
 def load_dataset_class(name: str, args: dict):
@@ -224,27 +240,28 @@ def load_dataset_class(name: str, args: dict):
             f"chats ({', '.join(formats.ENDINGS)}), or the id of a data set on the Hub (owner/name)"
         )
     try:
-        dataset = make(**args)
+        return make(**args)
     except TypeError as error:
         if "argument" in str(error):
             raise ValueError(f"data.args = {args} does not fit data.dataset = {name!r}: {error}") from None
         raise
-    for split in ("train", "validation"):
-        if split not in dataset.formatted_ds or len(dataset.formatted_ds[split]) == 0:
-            raise ValueError(f"data.dataset = {name!r}: the split {split!r} is empty")
-    return dataset
 
 
 # ---- splits, and what the Hub answers -----------------------------------------------------------------------------
 
 
-def validation_indices(count: int, fraction: float, seed: int) -> np.ndarray:
+def validation_indices(count: int, fraction: float | None, seed: int) -> np.ndarray:
+    """Which of `count` are held out; None: none."""
+    if fraction is None:
+        return np.zeros(0, dtype=np.int64)
     if not (isinstance(fraction, float) and 0 < fraction < 1):
-        raise ValueError(f"data.args.validation = {fraction} must be a file, or a fraction between 0 and 1")
+        raise ValueError(f"data.args.validation = {fraction} must be a file, a fraction between 0 and 1, or null")
     return np.random.default_rng(seed).permutation(count)[: max(1, round(count * fraction))]
 
 
-def split_rows(rows: formats.Rows, fraction: float, seed: int) -> dict:
+def split_rows(rows: formats.Rows, fraction: float | None, seed: int) -> dict:
+    if fraction is None:
+        return {"train": rows}
     held_out = np.zeros(len(rows), dtype=bool)
     held_out[validation_indices(len(rows), fraction, seed)] = True
     return {
@@ -379,17 +396,20 @@ def tokenise_splits(config, tokenizer, entries: list[Entry]) -> dict:
 
 
 def rows_of(entries: list[Entry]):
-    """(dataset index, split, rows, name for messages) of all that is read: no training split of weight 0."""
+    """(dataset index, split, rows, name for messages) of all that is read."""
     for split in ("train", "validation"):
         for k, entry in enumerate(entries):
-            if entry.weight or split == "validation":
+            if split in entry.splits:
                 yield k, split, entry.dataset.formatted_ds[split], f"{entry.name} {split}"
 
 
-def open_split(prepared: dict, split: str, config) -> "Examples":
-    """A split of what `tokenise_splits` returned. `config`: a `config.Data`."""
+def open_split(prepared: dict, split: str, config) -> "Examples | None":
+    """A split of what `tokenise_splits` returned; None where it is not read. `config`: a `config.Data`."""
     parts = zip(prepared[split], prepared["names"], prepared["weights"], strict=True)
-    folders, names, weights = zip(*[part for part in parts if part[0]], strict=True)
+    parts = [part for part in parts if part[0]]
+    if not parts:
+        return None
+    folders, names, weights = zip(*parts, strict=True)
     return Examples([Path(folder) for folder in folders], config.max_seq_length, config.overlong, names, weights)
 
 

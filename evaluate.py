@@ -237,7 +237,7 @@ def evaluate(options):
         model.to(device)
     questions = None
     if rank == 0:
-        entries = data.load_entries(cfg.data)
+        entries = data.load_entries(cfg, scoring=True)
         chat_template = data.choose_template(cfg, tokenizer, entries)
         questions, places = make_questions(entries, tokenizer, chat_template, stop_ids, options.max_examples, True)
         if not questions:

@@ -218,11 +218,12 @@ def check_base(folder: Path, name: str, base: str | None):
 
 
 class Prepared(NamedTuple):
-    """`stop_ids`: tokens that end a turn; `to_score`: questions scored at the first and the last validation."""
+    """`validation_set`: None where the run never validates; `stop_ids`: tokens that end a turn; `to_score`: questions
+    scored at the first and the last validation."""
 
     tokenizer: object
     train_set: data.Examples
-    validation_set: data.Examples
+    validation_set: data.Examples | None
     stop_ids: list[int]
     to_score: list[evaluate.Question] | None
 
@@ -240,7 +241,7 @@ def prepare(cfg, rank: int, local_rank: int) -> Prepared:
         name = f"prepared/{os.environ['TORCHELASTIC_RESTART_COUNT']}/{os.environ['GROUP_RANK']}"
     tokenizer = data.load_tokenizer(cfg)
     if local_rank == 0:
-        entries = data.load_entries(cfg.data)
+        entries = data.load_entries(cfg)
         prepared = data.tokenise_splits(cfg, tokenizer, entries)
         if store:
             store.set(name, json.dumps(prepared))
@@ -251,6 +252,8 @@ def prepare(cfg, rank: int, local_rank: int) -> Prepared:
     for split in ("train", "validation"):
         examples = data.open_split(prepared, split, cfg.data)
         sets.append(examples)
+        if examples is None:
+            continue
         for name, weight, total in zip(examples.names, examples.weights, examples.totals, strict=True):
             if rank == 0:
                 mixed = f" of {name}" + (f" (weight {weight:g})" if split == "train" else "")
@@ -262,6 +265,7 @@ def prepare(cfg, rank: int, local_rank: int) -> Prepared:
         examples.check(split)
     stop_ids, to_score = data.find_stop_ids(tokenizer, sets[0]), None
     if rank == 0:  # the others are told later: they may be too many for the store
+        entries = [entry for entry in entries if "validation" in entry.splits]
         to_score, _ = evaluate.make_questions(
             entries, tokenizer, tokenizer.chat_template, stop_ids, cfg.validation.exact_match, True
         )
@@ -292,7 +296,7 @@ def train(cfg, local_rank: int, prepared: Prepared, folder: Path | None, watchdo
         torch.manual_seed(cfg.seed)
         model = outline if strategy == "fsdp" and rank > 0 else modelling.load(cfg.model, device)
     modelling.check_vocabulary(model, tokenizer)
-    modelling.check_positions(model, int(train_set.lengths.max()), int(validation_set.lengths.max()))
+    modelling.check_positions(model, *(int(split.lengths.max()) for split in (train_set, validation_set) if split))
     context = cfg.parallel.context  # ranks that share a row, neighbours
     modelling.check_context(cfg, model.config, world_size)
     group = dist.new_subgroups(context)[0] if context > 1 else None
@@ -334,16 +338,16 @@ def train(cfg, local_rank: int, prepared: Prepared, folder: Path | None, watchdo
         )
         tracker = Tracker(cfg.logger, configuration.to_dict(cfg), configuration.dump(cfg), output_dir, start, steps)
 
-    # Each dataset in rows of its own, so that it has a loss of its own
-    parts = [part[: cfg.validation.max_examples] for part in validation_set.parts()]
-    validation_rows = [
-        (k, row) for k, part in enumerate(parts) for row in rows_of(np.array(part), validation_set.lengths)
-    ]
-
-    to_show = [
-        evaluate.question_of(tokenizer, *validation_set[i], stop_ids, None, validation_set.part_of(i))
-        for i in validation_set.first(cfg.validation.samples)
-    ]
+    if validation_set:
+        # Each dataset in rows of its own, so that it has a loss of its own
+        parts = [part[: cfg.validation.max_examples] for part in validation_set.parts()]
+        validation_rows = [
+            (k, row) for k, part in enumerate(parts) for row in rows_of(np.array(part), validation_set.lengths)
+        ]
+        to_show = [
+            evaluate.question_of(tokenizer, *validation_set[i], stop_ids, None, validation_set.part_of(i))
+            for i in validation_set.first(cfg.validation.samples)
+        ]
 
     def answered(questions):
         most = cfg.train.max_tokens_per_micro_batch

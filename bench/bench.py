@@ -307,7 +307,7 @@ def products(work, folder, device) -> dict:
     linear = [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden)]
     linear += [(hidden, inner), (hidden, inner), (inner, hidden)]
     cfg = config.load(None, [f"model.name={folder}/model", *the_data(folder)])
-    prepared = data.tokenise_splits(cfg, data.load_tokenizer(cfg), data.load_entries(cfg.data))
+    prepared = data.tokenise_splits(cfg, data.load_tokenizer(cfg), data.load_entries(cfg))
     examples = data.open_split(prepared, "train", cfg.data)
 
     def three_products(rows, into, out):

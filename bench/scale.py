@@ -149,7 +149,7 @@ def tokenise():
                 for _ in range(2):
                     tokenizer = data.load_tokenizer(cfg)
                     began = time.perf_counter()
-                    prepared = data.tokenise_splits(cfg, tokenizer, data.load_entries(cfg.data))
+                    prepared = data.tokenise_splits(cfg, tokenizer, data.load_entries(cfg))
                     for split in ("train", "validation"):
                         data.open_split(prepared, split, cfg.data)
                     took.append(time.perf_counter() - began)

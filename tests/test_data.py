@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+import config
 import data
 import formats
 
@@ -146,3 +147,26 @@ def test_a_fraction_is_held_out_the_same_way_each_time(tmp_path):
     assert len(a["train"]) == 45 and np.array_equal(a["validation"].indices, b["validation"].indices)
     with pytest.raises(ValueError, match="data.args"):
         data.load_dataset_class(str(path), {"validatoin": 0.1})
+
+
+def test_a_split_is_needed_where_it_is_read_and_read_nowhere_else(tmp_path):
+    (tmp_path / "chats.jsonl").write_text(3 * (json.dumps(chat("A?", "Yes.")) + "\n"))
+    only_train = f"{{dataset: {tmp_path}/chats.jsonl, args: {{validation: null}}}}"
+    (tmp_path / "held_out.py").write_text(
+        "import data\n\nclass HeldOut:\n    task_spec = data.TaskDataSpec('held_out')\n"
+        f"    formatted_ds = {{'validation': [{chat('A?', 'Yes.')}]}}\n"
+    )
+    only_validation = f"{{dataset: {tmp_path}/held_out.py:HeldOut, weight: 0}}"
+
+    def load(*entries, every=10, scoring=False):
+        cfg = config.load(None, [f"data.dataset=[{', '.join(entries)}]", f"validation.every={every}"])
+        return [entry.splits for entry in data.load_entries(cfg, scoring)]
+
+    with pytest.raises(ValueError, match="no validation split: set data.args.validation, or, .* validation.every=null"):
+        load(only_train)
+    assert load(only_train, every="null") == [["train"]]
+    assert load(only_train, only_validation, every="null") == [["train"]]
+    assert load(only_train, only_validation) == [["train"], ["validation"]]
+    assert load(only_validation.replace("weight: 0", "weight: 1"), scoring=True) == [["validation"]]
+    with pytest.raises(ValueError, match="split 'train' is empty"):
+        load(only_validation.replace("weight: 0", "weight: 1"))

@@ -133,7 +133,7 @@ def test_what_is_asked_is_the_last_turn_whether_it_is_trained_or_not():
              {"role": "user", "content": "And Lima?"},
              {"role": "assistant", "content": "In Peru.", "train": False}]  # fmt: skip
     rows = [{"messages": turns, "answers": ["Peru"]}, {"messages": turns[:2]}, {"messages": turns[:2]}]
-    entry = data.Entry("rows", type("Rows", (), {"formatted_ds": {"validation": rows}}), 1.0)
+    entry = data.Entry("rows", type("Rows", (), {"formatted_ds": {"validation": rows}}), 1.0, ["validation"])
     questions, places = evaluate.make_questions([entry], tokenizer, tokenizer.chat_template, [2], 2)
     assert [q.reference for q in questions] == ["In Peru.", "In Norway."] and places == [(0, 0, None), (0, 1, None)]
     assert tokenizer.decode(questions[0].prompt).endswith("And Lima?<|im_end|>\n<|im_start|>assistant\n")

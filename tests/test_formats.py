@@ -199,5 +199,5 @@ def test_datasets_of_one_name_are_told_apart(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write(tmp_path / f"{name}.jsonl", *[{"prompt": "a", "completion": "b"}] * 9)
     entries = ", ".join(f"{{dataset: {tmp_path}/{name}.jsonl}}" for name in ("chats_2", "x/chats", "y/chats"))
-    made = data.load_entries(config.load(None, [f"data.dataset=[{entries}]"]).data)
+    made = data.load_entries(config.load(None, [f"data.dataset=[{entries}]"]))
     assert [entry.name for entry in made] == ["chats_2", "chats", "chats_3"]

@@ -98,6 +98,17 @@ def test_the_class_in_the_readme_trains(tmp_path):
     assert len(metrics(tmp_path / "out")) == 4
 
 
+def test_a_run_that_never_validates_needs_no_validation_split(tmp_path):
+    (tmp_path / "chats.jsonl").write_text(
+        40 * '{"messages": [{"role": "user", "content": "Paris?"}, {"role": "assistant", "content": "France."}]}\n'
+    )
+    said = run(tmp_path, "configs/quickstart.yaml", *FEW, f"data.dataset={tmp_path}/chats.jsonl",
+               "data.args={validation: null}", "validation.every=null", f"output_dir={tmp_path}/out")  # fmt: skip
+    assert "train: 40 conversations" in said and "validation:" not in said
+    assert len(metrics(tmp_path / "out")) == 4 and not metrics(tmp_path / "out", "val/loss")
+    assert (tmp_path / "out/model/model.safetensors").is_file()
+
+
 # ---- nothing is lost -------------------------------------------------------------------------------------------------
 
 
