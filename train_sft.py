@@ -286,21 +286,11 @@ def train(cfg, local_rank: int, prepared: Prepared, folder: Path | None, watchdo
     start = checkpoint.step_of(folder) if folder else 0
     batch_size = cfg.train.global_batch_size
     steps_per_epoch, steps = packing.steps_of_run(train_set.counts, train_set.weights, cfg.train)
-    with data.from_hub("model.name", cfg.model.name):
-        gpu_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-        outline, strategy = None, "ddp"  # one process has nothing to shard
-        if world_size > 1 and cfg.parallel.strategy != "ddp":
-            outline = modelling.load(cfg.model, device, outline=True)
-            strategy = modelling.choose_strategy(cfg.parallel.strategy, outline, world_size, gpu_bytes)
-        # Sharded, rank 0 alone reads the weights, and each rank gets its share of them
-        torch.manual_seed(cfg.seed)
-        model = outline if strategy == "fsdp" and rank > 0 else modelling.load(cfg.model, device)
-    modelling.check_vocabulary(model, tokenizer)
-    modelling.check_positions(model, *(int(split.lengths.max()) for split in (train_set, validation_set) if split))
+    model, strategy = load_model(cfg, device, prepared)
     context = cfg.parallel.context  # ranks that share a row, neighbours
     modelling.check_context(cfg, model.config, world_size)
-    group = dist.new_subgroups(context)[0] if context > 1 else None
-    parallel_model, model = modelling.parallelise(model, cfg, strategy, world_size, device, group)
+    context_group = dist.new_subgroups(context)[0] if context > 1 else None
+    parallel_model, model = modelling.parallelise(model, cfg, strategy, world_size, device, context_group)
     autocast = modelling.precision(cfg, strategy, device)
     optimizer = modelling.make_optimizer(model, cfg.train)
     adapter = getattr(model, "adapter_config", None)
@@ -314,8 +304,8 @@ def train(cfg, local_rank: int, prepared: Prepared, folder: Path | None, watchdo
     )
     with autocast:
         apart = modelling.keeps_documents_apart(model, modelling.compute_dtype(cfg))
-        if group:
-            modelling.check_shared_row(model, group, modelling.compute_dtype(cfg))
+        if context_group:
+            modelling.check_shared_row(model, context_group, modelling.compute_dtype(cfg))
     apart = ranks.from_rank_0(apart)  # what each has measured for itself may differ by rounding
     if not apart and rank == 0:
         print("packed documents would see each other in this model: each row holds one document")
@@ -468,6 +458,23 @@ def train(cfg, local_rank: int, prepared: Prepared, folder: Path | None, watchdo
     if tracker:
         tracker.close()
     ranks.barrier()
+
+
+def load_model(cfg, device, prepared: Prepared):
+    """(the model on the CPU, or without weights where rank 0 will share its own; "ddp" or "fsdp")."""
+    rank, world_size = ranks.rank_and_size()
+    with data.from_hub("model.name", cfg.model.name):
+        outline, strategy = None, "ddp"  # one process has nothing to shard
+        if world_size > 1 and cfg.parallel.strategy != "ddp":
+            outline = modelling.load(cfg.model, device, outline=True)
+            gpu_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+            strategy = modelling.choose_strategy(cfg.parallel.strategy, outline, world_size, gpu_bytes)
+        torch.manual_seed(cfg.seed)
+        model = outline if strategy == "fsdp" and rank > 0 else modelling.load(cfg.model, device)
+    sets = [split for split in (prepared.train_set, prepared.validation_set) if split]
+    modelling.check_vocabulary(model, prepared.tokenizer)
+    modelling.check_positions(model, *(int(split.lengths.max()) for split in sets))
+    return model, strategy
 
 
 def forward_backward(parallel_model, rows, collate, autocast, scale: float, note_place=lambda place: None):
