@@ -596,7 +596,9 @@ def write_tokens(rows, tokenizer, chat_template, train_on, name: str, workers: i
         open(folder / "input_ids", "wb") as ids_file,
         open(folder / "labels", "wb") as labels_file,
         open(folder / "lengths", "wb") as lengths_file,
-        tqdm(total=len(rows), desc=f"tokenising {name}", unit=" rows", file=sys.stderr, mininterval=0.5) as bar,
+        tqdm(
+            total=len(rows), desc=f"tokenising {name}", unit=" rows", mininterval=0.5 if sys.stderr.isatty() else 30
+        ) as bar,
     ):
         # fork: rows and tokenizer are shared with the workers as they are; macOS and Windows go without
         pool = multiprocessing.get_context("fork").Pool if sys.platform == "linux" and workers > 1 else None

@@ -184,7 +184,9 @@ def make_questions(entries, tokenizer, chat_template: str, stop_ids, max_example
         count = len(rows) if max_examples is None else min(len(rows), max_examples)
         if count:
             data.format_of(rows)  # it looks at all rows
-        for i in tqdm(range(count), desc=f"reading {entry.name}", unit=" rows", leave=False, disable=not show):
+        for i in tqdm(
+            range(count), desc=f"reading {entry.name}", unit=" rows", leave=False, disable=None if show else True
+        ):
             with data.at_row(rows, f"{entry.name} validation", i):
                 row = rows[i]
                 data.check_row(row)

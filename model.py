@@ -254,7 +254,7 @@ def parallelise(model, config, strategy: str, world_size: int, device: torch.dev
         return loss, model
     if world_size == 1:
         return loss, model
-    return DistributedDataParallel(loss, gradient_as_bucket_view=True, broadcast_buffers=False), model
+    return DistributedDataParallel(loss, gradient_as_bucket_view=True, forward_sync_buffers=False), model
 
 
 def follow_rank_0(model) -> tuple[bool, dict[str, str]]:

@@ -51,9 +51,8 @@ class Tracker:
                     f"{figures['train/tokens_per_second']:,.0f} tokens/s"
                 )
         else:
-            self.say(
-                f"step {step}/{self.steps}  " + "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
-            )
+            shown = (f"{name} {value:{',' if isinstance(value, int) else '.4f'}}" for name, value in figures.items())
+            self.say(f"step {step}/{self.steps}  {'  '.join(shown)}")
 
     def text(self, step: int, name: str, text: str):
         self.say(text)
