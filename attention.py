@@ -29,12 +29,20 @@ AttentionInterface.register("document_varlen", document_varlen)
 
 def choose(config, device: torch.device) -> str:
     """The attention of a `config.Model` on a device, by its name in transformers. Raises ValueError."""
-    varlen = config.attention == "varlen" or (
-        config.attention == "auto" and device.type == "cuda" and config.dtype == "bfloat16"
-    )
-    if varlen and (device.type != "cuda" or config.dtype != "bfloat16"):
-        raise ValueError("model.attention=varlen needs CUDA and model.dtype=bfloat16; auto chooses what fits")
-    return "eager" if config.attention == "eager" else "document_varlen" if varlen else "document_sdpa"
+    here = torch.cuda.is_available()  # (preview.py asks for GPUs that are elsewhere)
+    fits = device.type == "cuda" and config.dtype == "bfloat16"
+    fits = fits and not (here and torch.cuda.get_device_capability(device) < (8, 0))
+    if config.attention == "varlen" and not fits:
+        raise ValueError(
+            "model.attention=varlen needs model.dtype=bfloat16 and a GPU of compute capability 8.0 (Ampere) or newer; "
+            "auto chooses what fits"
+        )
+    return {
+        "auto": "document_varlen" if fits else "document_sdpa",
+        "varlen": "document_varlen",
+        "sdpa": "document_sdpa",
+        "eager": "eager",
+    }[config.attention]
 
 
 class Documents:
@@ -106,10 +114,16 @@ def varlen(query, key, value, documents: Documents, scale, dropout: float, windo
     if dropout:
         raise ValueError("this model has attention dropout, which varlen does not; set model.attention=sdpa")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, head_dim)
+    scale, width = scale or q.shape[2] ** -0.5, v.shape[2]
+    padded = -(-max(q.shape[2], width) // 8) * 8  # the kernel has one head_dim for all three, in steps of 8
+    if padded > 256:
+        raise ValueError(f"this model's heads are {padded} wide, and varlen's at most 256; set model.attention=sdpa")
+    if {padded} != {x.shape[2] for x in (q, k, v)}:
+        q, k, v = (F.pad(x, (0, padded - x.shape[2])) for x in (q, k, v))
     options = {"scale": scale, "window_size": (window - 1 if window else -1, 0)}
     options["enable_gqa"] = q.shape[1] != k.shape[1]
     starts, longest = documents.starts, max(documents.lengths)
-    return varlen_attn(q, k, v, starts, starts, longest, longest, **options)[None]
+    return varlen_attn(q, k, v, starts, starts, longest, longest, **options)[None, ..., :width]
 
 
 # ---- context parallelism ---------------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ class Chat:
 
     def __init__(self, options):
         name = checkpoint.find_model(options.model)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = modelling.take_device(0)
         with data.from_hub("the model", name):
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             dtype = "auto" if self.device.type == "cuda" else torch.float32

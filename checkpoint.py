@@ -5,7 +5,6 @@ python checkpoint.py FOLDER/step_00000010 DIR  # makes a model folder of its sta
 """
 
 import contextlib
-import datetime
 import itertools
 import json
 import os
@@ -21,13 +20,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import yaml
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+import config as configuration
 import lora
 import model as modelling
+import ranks
 
 # A single process is fine. For all threads, because a filter cannot be set for one
 warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
@@ -136,8 +136,19 @@ def memory_format(enum, name: str):
 
 
 def read_metadata(state: Path):
-    with open(state / ".metadata", "rb") as file:
+    """What a checkpoint's `state/` holds. Raises ValueError where that cannot be read."""
+    with reading(state), open(state / ".metadata", "rb") as file:
         return MetadataReader(file).load()
+
+
+@contextlib.contextmanager
+def reading(state: Path):
+    """Whatever a damaged `state/` brings about becomes a ValueError that names it."""
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        message = f"{state} cannot be read: {reason_of(error)}. Move {state.parent} away to go on without it"
+        raise ValueError(message) from error
 
 
 def where_to_start(config: dict) -> tuple[Path | None, bool]:
@@ -156,7 +167,7 @@ def where_to_start(config: dict) -> tuple[Path | None, bool]:
         return None, False  # a run that failed before its first step has nothing to lose
     if config["checkpoint"]["resume"] == "never":
         raise ValueError(f"output_dir = {name!r} holds a run already, and checkpoint.resume is never")
-    old = yaml.safe_load((output_dir / "config.yaml").read_text(encoding="utf-8"))
+    old = configuration.to_dict(configuration.load(str(output_dir / "config.yaml"), []))
     differing = differing_keys(old, config)
     if differing:
         raise ValueError(
@@ -293,9 +304,7 @@ class Writer:
         # the thread's, or what it does would wait for the training's, and take memory of the machine's first GPU
         self.stream = torch.cuda.Stream() if asynchronous and torch.cuda.is_available() else None
         # a group of its own: its messages run beside the loop's
-        self.group = (
-            dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1)) if dist.is_initialized() else None
-        )
+        self.group = dist.new_group(backend="gloo", timeout=ranks.TIMEOUT) if dist.is_initialized() else None
 
     def save(self, step: int, model, optimizer, figures: dict):
         """Every rank calls it, once the previous checkpoint is `done`."""
@@ -395,12 +404,9 @@ def load(folder: Path, model, optimizer):
 
 
 def read(state: Path, into: dict, no_dist: bool):
-    try:
-        read_metadata(state)
+    read_metadata(state)
+    with reading(state):
         dcp.load(into, checkpoint_id=state, no_dist=no_dist)
-    except (Exception, CheckpointException) as error:
-        message = f"{state} cannot be read: {reason_of(error)}. Move {state.parent} away to go on without it"
-        raise ValueError(message) from error
 
 
 def export(state: Path, skeleton, tokenizer, stop_ids: list[int], folder: Path):
@@ -504,8 +510,11 @@ def make_model_folder(folder: Path, target: Path):
     folder of a LoRA adapter, which is added to its base."""
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} is not empty; name another folder")
-    candidates = [folder / "model", *(f / "model" for f in reversed(find(folder.resolve().parent.parent))), folder]
-    source = next((f for f in candidates if (f / "tokenizer.json").is_file()), None)
+    is_checkpoint = (folder / "state").is_dir()
+    if not is_checkpoint and not (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{folder} is neither a checkpoint (step_*) nor the folder of a LoRA adapter")
+    beside = [f / "model" for f in [folder, *reversed(find(folder.resolve().parent.parent))]]
+    source = next((f for f in (beside if is_checkpoint else [folder]) if (f / "tokenizer.json").is_file()), None)
     if source is None:
         raise ValueError(
             f"{folder} has no model/ with configuration and tokenizer, nor has another checkpoint beside it"
@@ -514,7 +523,7 @@ def make_model_folder(folder: Path, target: Path):
     shutil.rmtree(unfinished, ignore_errors=True)
     adapted = (source / "adapter_config.json").is_file()
     if adapted:
-        merge_model(source, read_weights(folder) if (folder / "state").is_dir() else None, unfinished)
+        merge_model(source, read_weights(folder) if is_checkpoint else None, unfinished)
     else:
         export_plain(folder, source, unfinished)
     flush(unfinished)

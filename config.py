@@ -305,8 +305,10 @@ def check(config: Config):
     check_lora(config.model)
     if config.parallel.context > 1 and config.model.attention == "eager":
         raise ValueError("parallel.context > 1 needs model.attention=auto, sdpa or varlen, not eager")
-    if config.parallel.strategy == "ddp" and (config.parallel.replicas > 1 or config.parallel.cpu_offload):
-        raise ValueError("parallel.replicas and parallel.cpu_offload need parallel.strategy=fsdp")
+    if config.parallel.strategy != "fsdp" and (config.parallel.replicas > 1 or config.parallel.cpu_offload):
+        raise ValueError(
+            f"parallel.replicas and parallel.cpu_offload need parallel.strategy=fsdp, not {config.parallel.strategy}"
+        )
 
 
 def check_output_dir(output_dir: str, dataset: str | list):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import datasets
 import huggingface_hub
 import numpy as np
+from huggingface_hub.utils.sha import sha_fileobj
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 
@@ -179,7 +180,7 @@ def read_file(path: str) -> File:
     if path.endswith(".parquet"):
         # datasets keys its cache by the file's name and time; this one is keyed by content
         with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = sha_fileobj(file).hex()
         cache = Path(huggingface_hub.constants.HF_HOME) / "sft-parquet" / digest[:32]
         try:
             return File(path, datasets.Dataset.from_parquet(path, cache_dir=str(cache)), digest=digest)

@@ -39,9 +39,13 @@ IGNORE_INDEX = -100
 
 
 def take_device(local_rank: int) -> torch.device:
-    """This process's GPU, which it uses from here on, or the CPU."""
+    """This process's GPU, which it uses from here on, or the CPU. Raises ValueError where there are too few GPUs."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"this machine has {torch.cuda.device_count()} GPU(s), and more processes were started; start one for each"
+        )
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # rows differ in length: fewer gaps
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
@@ -125,11 +129,11 @@ def check_positions(model, *lengths: int):
 
 @torch.compiler.set_stance("force_eager")  # (few and short: not worth a graph)
 @torch.no_grad()
-def keeps_documents_apart(model, dtype: torch.dtype) -> bool:
+def keeps_documents_apart(model, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether each document of a packed row gets the logits that it gets alone, whatever stands beside it: measured on
-    the loaded model, which computes in `dtype`. Every rank of a sharded model has to call it."""
+    the loaded model, which computes in `dtype` on `device`. Every rank of a sharded model has to call it."""
     model.eval()
-    device, vocabulary = model.device, model.get_input_embeddings().num_embeddings
+    vocabulary = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
     first, second, third, other_first, other_third = (
         torch.randint(vocabulary, (1, length), generator=generator) for length in (7, 12, 5, 7, 5)
@@ -157,15 +161,15 @@ def keeps_documents_apart(model, dtype: torch.dtype) -> bool:
 
 @torch.compiler.set_stance("force_eager")
 @torch.no_grad()
-def check_shared_row(model, group, dtype: torch.dtype):
+def check_shared_row(model, device: torch.device, group, dtype: torch.dtype):
     """Raises ValueError unless the ranks that share a row get the logits that one alone gets: measured, as above."""
     model.eval()
     rank, size, tokens = dist.get_rank(group), dist.get_world_size(group), 40
     vocabulary, generator = model.get_input_embeddings().num_embeddings, torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (1, tokens), generator=generator).to(model.device)
-    positions, mine = torch.arange(tokens, device=model.device)[None], packing.slice_of(tokens, rank, size)
+    ids = torch.randint(vocabulary, (1, tokens), generator=generator).to(device)
+    positions, mine = torch.arange(tokens, device=device)[None], packing.slice_of(tokens, rank, size)
     whole = model(ids, position_ids=positions, use_cache=False).logits[:, mine].float()  # (1, my tokens, vocabulary)
-    starts = torch.tensor([0, tokens], dtype=torch.int32, device=model.device)
+    starts = torch.tensor([0, tokens], dtype=torch.int32, device=device)
     shared = {"documents": attention.Documents([tokens], starts), "context_group": group}
     part = model(ids[:, mine], position_ids=positions[:, mine], **shared, use_cache=False).logits.float()
     model.train()
@@ -236,6 +240,8 @@ def parallelise(model, config, strategy: str, world_size: int, device: torch.dev
             "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype(config), reduce_dtype=torch.float32),
         }
         if config.parallel.cpu_offload:
+            if device.type == "cpu":
+                raise ValueError("parallel.cpu_offload needs GPUs to compute on, and there are none here")
             options["offload_policy"] = CPUOffloadPolicy()
         place = torch.device("cpu") if config.parallel.cpu_offload else device
         in_blocks = {module for block in blocks(model) for module in block.modules()}

@@ -1,4 +1,5 @@
-"""What the ranks of a run do together. A process on its own is rank 0 of 1, and each function does nothing or the same.
+"""What the ranks of a run do together. A process on its own is rank 0 of 1: a barrier returns at once, and a sum or a
+broadcast gives back the value.
 
 torchrun starts the ranks; until they have a process group they meet at its store.
 """
@@ -9,6 +10,8 @@ import sys
 
 import torch
 import torch.distributed as dist
+
+TIMEOUT = datetime.timedelta(days=1)  # of a group: hangs are the watchdog's business, which names the rank
 
 
 def from_torchrun() -> bool:
@@ -23,11 +26,10 @@ def store() -> dist.TCPStore:
 
 
 def start_group():
-    """The process group of all ranks. Its timeout is so long because hangs are the watchdog's business: it names the
-    rank."""
+    """The process group of all ranks."""
     if from_torchrun() and int(os.environ["WORLD_SIZE"]) > 1:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+        dist.init_process_group(backend, timeout=TIMEOUT)
 
 
 def rank_and_size() -> tuple[int, int]:

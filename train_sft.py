@@ -58,6 +58,7 @@ def main():
                 )
             watchdog.close()
             return
+        device = modelling.take_device(local_rank)
         watchdog.at("preparing the data")
         prepared = prepare(cfg, rank, local_rank)
         ranks.start_group()
@@ -79,7 +80,7 @@ def main():
                 stop.unlink()
                 print(f"{stop} was there before this start, and is gone: it was meant for an earlier one")
         ranks.barrier()
-        train(cfg, local_rank, prepared, folder, watchdog, began)
+        train(cfg, device, prepared, folder, watchdog, began)
         watchdog.close()
         del lock
     except (ValueError, OSError, FloatingPointError) as error:
@@ -153,14 +154,17 @@ def take_output_dir(cfg, output_dir: Path, rank: int):
         lock.truncate(0)
         lock.write(mark)
         lock.flush()
-    mark = ranks.from_rank_0(mark)
-    if not (output_dir / ".lock").is_file() or (output_dir / ".lock").read_text(encoding="utf-8") != mark:
-        raise ValueError(
-            f"output_dir = {cfg.output_dir!r} on {socket.gethostname()} is not the folder that the first machine "
-            "writes to; name one on storage that all machines share"
-        )
-    ranks.barrier()
-    return lock
+        os.fsync(lock.fileno())
+    mark, path = ranks.from_rank_0(mark), output_dir / ".lock"
+    for _ in range(60):  # a network file system may take its time to show a new file to another machine
+        if path.is_file() and path.read_text(encoding="utf-8") == mark:
+            ranks.barrier()
+            return lock
+        time.sleep(1)
+    raise ValueError(
+        f"output_dir = {cfg.output_dir!r} on {socket.gethostname()} is not the folder that the first machine writes "
+        "to; name one on storage that all machines share"
+    )
 
 
 def lock_output_dir(cfg, output_dir: Path):
@@ -275,12 +279,11 @@ def prepare(cfg, rank: int, local_rank: int) -> Prepared:
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
 
-def train(cfg, local_rank: int, prepared: Prepared, folder: Path | None, watchdog, began: float):
+def train(cfg, device, prepared: Prepared, folder: Path | None, watchdog, began: float):
     """`folder`: the checkpoint to go on from, or None; `began`: when this process started, for `must_save_by`."""
     rank, world_size = ranks.rank_and_size()
     tokenizer, train_set, validation_set, stop_ids, to_score = prepared
     output_dir = Path(cfg.output_dir)
-    device = modelling.take_device(local_rank)
 
     watchdog.at("loading the model")
     start = checkpoint.step_of(folder) if folder else 0
@@ -289,7 +292,7 @@ def train(cfg, local_rank: int, prepared: Prepared, folder: Path | None, watchdo
     model, strategy = load_model(cfg, device, prepared)
     context = cfg.parallel.context  # ranks that share a row, neighbours
     modelling.check_context(cfg, model.config, world_size)
-    context_group = dist.new_subgroups(context)[0] if context > 1 else None
+    context_group = dist.new_subgroups(context, timeout=ranks.TIMEOUT)[0] if context > 1 else None
     parallel_model, model = modelling.parallelise(model, cfg, strategy, world_size, device, context_group)
     autocast = modelling.precision(cfg, strategy, device)
     optimizer = modelling.make_optimizer(model, cfg.train)
@@ -303,9 +306,9 @@ def train(cfg, local_rank: int, prepared: Prepared, folder: Path | None, watchdo
         output_dir, cfg.checkpoint.keep, cfg.checkpoint.async_save, rank, empty, copy.deepcopy(tokenizer), stop_ids
     )
     with autocast:
-        apart = modelling.keeps_documents_apart(model, modelling.compute_dtype(cfg))
+        apart = modelling.keeps_documents_apart(model, device, modelling.compute_dtype(cfg))
         if context_group:
-            modelling.check_shared_row(model, context_group, modelling.compute_dtype(cfg))
+            modelling.check_shared_row(model, device, context_group, modelling.compute_dtype(cfg))
     apart = ranks.from_rank_0(apart)  # what each has measured for itself may differ by rounding
     if not apart and rank == 0:
         print("packed documents would see each other in this model: each row holds one document")

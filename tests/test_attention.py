@@ -10,19 +10,20 @@ HEADS, TOKENS, ENDS = 6, 23, [9, 10, 23]
 ROW = attention.Documents(ENDS, torch.tensor([0, *ENDS], dtype=torch.int32))
 
 
-def inputs(key_heads):
+def inputs(key_heads, widths=(8, 8, 8)):
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(1, heads, TOKENS, 8, generator=generator) for heads in (HEADS, key_heads, key_heads)]
+    heads = (HEADS, key_heads, key_heads)
+    return [torch.randn(1, n, TOKENS, width, generator=generator) for n, width in zip(heads, widths, strict=True)]
 
 
-def attended(query, key, value, ends, window):
+def attended(query, key, value, ends, window, scale=8**-0.5):
     """By the definition: each query's weights over the keys of its document, of itself and before, in the window."""
     key, value = (x.repeat_interleave(HEADS // x.shape[1], dim=1) for x in (key, value))
     document, place = torch.bucketize(torch.arange(TOKENS), torch.tensor(ends), right=True), torch.arange(TOKENS)
     seen = (document[:, None] == document) & (place[:, None] >= place)
     if window:
         seen &= place[:, None] - place < window
-    scores = (query @ key.transpose(2, 3) / 8**0.5).masked_fill(~seen, -torch.inf)
+    scores = (query @ key.transpose(2, 3) * scale).masked_fill(~seen, -torch.inf)
     return (scores.softmax(3) @ value).transpose(1, 2)  # (1, tokens, heads, head_dim)
 
 
@@ -85,14 +86,21 @@ def test_the_kernel_for_gpus_is_called_as_it_defines_its_arguments(monkeypatch, 
         assert cu_seq_k is cu_seq_q and max_k == max_q
         left, right = window_size
         assert right == 0 and enable_gqa == (query.shape[1] != key.shape[1])
+        assert query.shape[2] == key.shape[2] == value.shape[2] in (8, 16)
         back = [x.transpose(0, 1)[None] for x in (query, key, value)]
-        return attended(*back, cu_seq_q[1:].tolist(), left + 1 if left >= 0 else None)[0]
+        return attended(*back, cu_seq_q[1:].tolist(), left + 1 if left >= 0 else None, scale)[0]
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    for widths in [(8, 8, 8), (6, 6, 6), (12, 12, 5), (5, 5, 12)]:
+        made = inputs(key_heads, widths)
+        wanted, _ = attention.document_sdpa(torch.nn.Module(), *made, None, sliding_window=window, documents=ROW)
+        output, _ = attention.document_varlen(torch.nn.Module(), *made, None, sliding_window=window, documents=ROW)
+        torch.testing.assert_close(output, wanted)
+    with pytest.raises(ValueError, match="heads are 264 wide, and varlen's at most 256; set model.attention=sdpa"):
+        attention.document_varlen(torch.nn.Module(), *inputs(key_heads, (257, 257, 8)), None, documents=ROW)
+    called.clear()
     made = inputs(key_heads)
-    wanted, _ = attention.document_sdpa(torch.nn.Module(), *made, None, sliding_window=window, documents=ROW)
-    output, _ = attention.document_varlen(torch.nn.Module(), *made, None, sliding_window=window, documents=ROW)
-    torch.testing.assert_close(output, wanted)
+    attention.document_varlen(torch.nn.Module(), *made, None, documents=ROW)
     with torch.autocast("cpu", dtype=torch.bfloat16):  # rotary embeddings hand over float32
         attention.document_varlen(torch.nn.Module(), *made, None, documents=ROW)
     assert called[0][1:4] == (torch.int32, [0, *ENDS], 13) and called[1][0] == torch.bfloat16

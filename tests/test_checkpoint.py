@@ -234,6 +234,9 @@ def test_a_list_of_contents_that_would_run_code_is_not_read(tmp_path):
     (tmp_path / "state/.metadata").write_bytes(as_other_pythons_pickle(torch.distributed.checkpoint.Metadata, "mro"))
     with pytest.raises(ValueError, match="asks for mro"):
         checkpoint.load(tmp_path, *tiny())
+    (tmp_path / "state/.metadata").write_bytes(b"")
+    with pytest.raises(ValueError, match="state cannot be read"):
+        checkpoint.read_weights(tmp_path)
 
 
 def as_other_pythons_pickle(value, attribute=None) -> bytes:
@@ -282,7 +285,10 @@ def test_what_is_no_run_or_another_run_is_never_overwritten(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="not empty and holds no run; name another folder"):
         start()
-    (tmp_path / "config.yaml").write_text(config.dump(CFG))
+    (tmp_path / "config.yaml").write_text("seed: [42")
+    with pytest.raises(ValueError, match="config.yaml: is not YAML"):
+        start()
+    (tmp_path / "config.yaml").write_text(config.dump(CFG).replace("learning_rate: 5.0e-06", "learning_rate: 5e-6"))
     assert start("train.max_steps=7") == (None, False)
     with pytest.raises(ValueError, match=r"seed \(42 there, 1 now\)"):
         start("seed=1")

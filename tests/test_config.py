@@ -33,6 +33,7 @@ def test_the_resolved_configuration_is_a_file_that_loads_to_itself(tmp_path):
         ("model=3", "is a section"),
         ("seed", "KEY=VALUE"),
         ("train.clip_grad_norm=0", "null switches"),
+        ("parallel.replicas=2", "need parallel.strategy=fsdp, not auto"),
     ],
 )
 def test_a_mistake_names_the_key_and_the_mend(override, said):

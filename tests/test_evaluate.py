@@ -148,7 +148,7 @@ def test_answers_use_up_no_graphs_of_a_compiled_model(memorised):
     torch._dynamo.reset()
     before = graphs["unique_graphs"]
     evaluate.generate(model, [[5, 6, 7]], 4, [2])
-    assert modelling.keeps_documents_apart(model, torch.float32) and graphs["unique_graphs"] == before
+    assert modelling.keeps_documents_apart(model, model.device, torch.float32) and graphs["unique_graphs"] == before
     model(torch.arange(9)[None], use_cache=False)
     assert graphs["unique_graphs"] > before
 

@@ -112,7 +112,12 @@ def test_peft_opens_the_adapter_with_equal_logits(trained):
 
 def test_the_adapter_added_to_the_weights_is_a_plain_model_with_equal_logits(trained, arguments, tmp_path):
     checkpoint.main([str(trained / "checkpoints/step_00000004"), str(tmp_path / "merged")])
-    checkpoint.main([str(trained / "model"), str(tmp_path / "of_model")])
+    shutil.copytree(trained / "model", tmp_path / "above/run/model")
+    decoy = tmp_path / "above/checkpoints/step_00000001/model"  # a run in the folder above has nothing to do with it
+    shutil.copytree(trained / "model", decoy)
+    weights = {name: w * 2 for name, w in load_file(decoy / "adapter_model.safetensors").items()}
+    save_file(weights, decoy / "adapter_model.safetensors")
+    checkpoint.main([str(tmp_path / "above/run/model"), str(tmp_path / "of_model")])
     run(tmp_path, *arguments, "model.lora.dropout=0.1", "model.lora.merge=true", f"output_dir={tmp_path}/run")
     tokenizer = AutoTokenizer.from_pretrained(trained / "model")
     wanted = logits(modelling.open_saved(trained / "model", torch.float32), tokenizer)
@@ -120,6 +125,8 @@ def test_the_adapter_added_to_the_weights_is_a_plain_model_with_equal_logits(tra
         model = AutoModelForCausalLM.from_pretrained(folder)
         torch.testing.assert_close(logits(model, tokenizer), wanted, rtol=1e-5, atol=1e-5)
         assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+        with pytest.raises(SystemExit, match="neither a checkpoint .* nor the folder of a LoRA adapter"):
+            checkpoint.main([str(folder), str(tmp_path / "again")])
 
 
 def test_a_run_with_dropout_repeats_and_goes_on_from_a_checkpoint_bit_for_bit(trained, arguments, tmp_path):

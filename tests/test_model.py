@@ -160,9 +160,9 @@ def test_what_the_last_block_is_spared_changes_no_gradient_of_other_models(made)
 
 def test_documents_are_kept_apart_and_a_leak_is_found():
     model = tiny_llama()
-    assert modelling.keeps_documents_apart(model, torch.float32)
+    assert modelling.keeps_documents_apart(model, model.device, torch.float32)
     model.set_attn_implementation("sdpa_leaking")
-    assert not modelling.keeps_documents_apart(model, torch.float32)
+    assert not modelling.keeps_documents_apart(model, model.device, torch.float32)
 
 
 def leaking(module, query, key, value, attention_mask, **kwargs):
