@@ -53,6 +53,12 @@ def step_of(folder: Path) -> int:
     return int(folder.name[5:])
 
 
+def read_figures(folder: Path) -> dict:
+    """What was written with a checkpoint: `step`, `val/loss` if it was validated, sizes and checksums of its `files`,
+    what it was trained on."""
+    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+
+
 def newest_whole(output_dir: Path) -> Path | None:
     """Skips folders damaged after they were written: resuming from an older one repeats the same steps."""
     return next((folder for folder in reversed(find(output_dir)) if damage(folder) is None), None)
@@ -76,7 +82,7 @@ def damage(folder: Path, thorough: bool = False) -> str | None:
     """What is damaged in a checkpoint, by the sizes of its files and the checksums of the small ones (`thorough`: of
     all of them); None: nothing."""
     try:
-        files = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["files"]
+        files = read_figures(folder)["files"]
         for name, (size, checksum) in files.items():
             there = (folder / name).stat().st_size
             if there != size:
@@ -390,7 +396,7 @@ def rotate(output_dir: Path, keep: int):
 def loss_of(folder: Path) -> float:
     """A checkpoint's val/loss; infinite if it was not validated or cannot be read."""
     try:
-        return json.loads((folder / "metrics.json").read_text(encoding="utf-8")).get("val/loss", float("inf"))
+        return read_figures(folder).get("val/loss", float("inf"))
     except (OSError, ValueError, AttributeError):
         return float("inf")
 

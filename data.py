@@ -8,7 +8,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -278,8 +277,6 @@ def from_hub(key: str, name: str):
         yield
     except (OSError, ValueError, huggingface_hub.errors.StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:300]
-        if isinstance(error, ValueError) and re.match(r"(model|tokenizer|parallel)\.", reason):
-            raise  # it says which key
         if Path(name).exists():
             raise ValueError(f"{key} = {name!r} cannot be read as a model's folder: {reason}") from error
         if isinstance(error, ValueError):

@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 import attention
+import data
 import lora
 import packing
 import ranks
@@ -61,16 +62,15 @@ def load(config, device: torch.device, outline: bool = False) -> torch.nn.Module
             f"{config.name} A-FOLDER, and name that"
         )
     implementation = attention.choose(config, device)
-    if config.from_scratch or outline:
-        model_config = AutoConfig.from_pretrained(config.name, revision=config.revision)
-        with torch.device("meta" if outline else "cpu"):
-            model = AutoModelForCausalLM.from_config(
-                model_config, dtype=base_dtype(config), attn_implementation=implementation
-            )
-    else:
-        model = AutoModelForCausalLM.from_pretrained(
-            config.name, revision=config.revision, dtype=base_dtype(config), attn_implementation=implementation
-        )
+    options = {"dtype": base_dtype(config), "attn_implementation": implementation}
+    with data.from_hub("model.name", config.name):
+        if config.from_scratch or outline:
+            model_config = AutoConfig.from_pretrained(config.name, revision=config.revision)
+            with torch.device("meta" if outline else "cpu"):
+                model = AutoModelForCausalLM.from_config(model_config, **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(config.name, revision=config.revision, **options)
+    if not (config.from_scratch or outline):
         head, tied = model.get_output_embeddings(), model.config.get_text_config().tie_word_embeddings
         if tied and head is not None and head.weight is not model.get_input_embeddings().weight:
             raise ValueError(

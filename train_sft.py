@@ -200,7 +200,7 @@ def check_checkpoint(cfg, folder: Path | None, train_set) -> int:
             f"train.max_steps (or max_epochs) ends the run at step {steps}, and {folder} is past it; raise it, or name "
             "another output_dir"
         )
-    if json.loads((folder / "metrics.json").read_text(encoding="utf-8")).get("data") != train_set.digest:
+    if checkpoint.read_figures(folder).get("data") != train_set.digest:
         raise ValueError(
             f"{folder} was trained on other conversations (or tokens) than data.dataset gives now; name another "
             "output_dir, or bring back the data as they were"
@@ -210,7 +210,7 @@ def check_checkpoint(cfg, folder: Path | None, train_set) -> int:
 
 def check_base(folder: Path, name: str, base: str | None):
     """Raises ValueError if the base weights of a checkpoint's adapter have changed since it was saved."""
-    before = json.loads((folder / "metrics.json").read_text(encoding="utf-8")).get("base")
+    before = checkpoint.read_figures(folder).get("base")
     if before != base:
         raise ValueError(
             f"{folder} holds an adapter that was trained on model.name = {name!r} at {before}, and that is now "
@@ -466,14 +466,13 @@ def train(cfg, device, prepared: Prepared, folder: Path | None, watchdog, began:
 def load_model(cfg, device, prepared: Prepared):
     """(the model on the CPU, or without weights where rank 0 will share its own; "ddp" or "fsdp")."""
     rank, world_size = ranks.rank_and_size()
-    with data.from_hub("model.name", cfg.model.name):
-        outline, strategy = None, "ddp"  # one process has nothing to shard
-        if world_size > 1 and cfg.parallel.strategy != "ddp":
-            outline = modelling.load(cfg.model, device, outline=True)
-            gpu_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-            strategy = modelling.choose_strategy(cfg.parallel.strategy, outline, world_size, gpu_bytes)
-        torch.manual_seed(cfg.seed)
-        model = outline if strategy == "fsdp" and rank > 0 else modelling.load(cfg.model, device)
+    outline, strategy = None, "ddp"  # one process has nothing to shard
+    if world_size > 1 and cfg.parallel.strategy != "ddp":
+        outline = modelling.load(cfg.model, device, outline=True)
+        gpu_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+        strategy = modelling.choose_strategy(cfg.parallel.strategy, outline, world_size, gpu_bytes)
+    torch.manual_seed(cfg.seed)
+    model = outline if strategy == "fsdp" and rank > 0 else modelling.load(cfg.model, device)
     sets = [split for split in (prepared.train_set, prepared.validation_set) if split]
     modelling.check_vocabulary(model, prepared.tokenizer)
     modelling.check_positions(model, *(int(split.lengths.max()) for split in sets))
