@@ -153,8 +153,8 @@ def reading(state: Path):
     try:
         yield
     except (Exception, CheckpointException) as error:
-        message = f"{state} cannot be read: {reason_of(error)}. Move {state.parent} away to go on without it"
-        raise ValueError(message) from error
+        reason = " ".join(str(reason_of(error)).split())[:200]
+        raise ValueError(f"{state} cannot be read: {reason}. Move {state.parent} away to go on without it") from error
 
 
 def where_to_start(config: dict) -> tuple[Path | None, bool]:
@@ -464,7 +464,7 @@ def main(arguments: list[str]):
 
 
 def list_checkpoints(output_dir: Path) -> bool:
-    """Prints a line for each checkpoint. Returns whether all are whole."""
+    """Prints a line for each checkpoint, and for the final model. Returns whether all are whole."""
     found = find(output_dir)
     if not found:
         raise ValueError(f"{output_dir}/checkpoints holds no checkpoint")
@@ -484,8 +484,16 @@ def list_checkpoints(output_dir: Path) -> bool:
     good = [folder for folder in found if whole[folder]]
     if good:
         best = min(good, key=lambda folder: (loss_of(folder), -step_of(folder)))
-        print(f"best: {best.name}, newest whole: {good[-1].name}")
-    return len(good) == len(found)
+        print(f"best: {best.name}, " * (loss_of(best) < float("inf")) + f"newest whole: {good[-1].name}")
+    model, problem = output_dir / "model", None
+    if model.is_dir():
+        try:
+            for name in modelling.weight_files(model):
+                modelling.check_size(model / name)
+        except (OSError, ValueError) as error:
+            problem = f"{error}; delete it, and the same command as before writes it again"
+        print("model  whole" if problem is None else f"model  DAMAGED: {problem}")
+    return len(good) == len(found) and problem is None
 
 
 def read_weights(folder: Path) -> dict:
@@ -518,7 +526,10 @@ def make_model_folder(folder: Path, target: Path):
         raise ValueError(f"{target} is not empty; name another folder")
     is_checkpoint = (folder / "state").is_dir()
     if not is_checkpoint and not (folder / "adapter_config.json").is_file():
-        raise ValueError(f"{folder} is neither a checkpoint (step_*) nor the folder of a LoRA adapter")
+        newest = newest_whole(folder)
+        mend = f"; name a checkpoint, as {newest}" if newest else ""
+        mend = "; it is a plain model already" if (folder / "config.json").is_file() else mend
+        raise ValueError(f"{folder} is neither a checkpoint (step_*) nor the folder of a LoRA adapter{mend}")
     beside = [f / "model" for f in [folder, *reversed(find(folder.resolve().parent.parent))]]
     source = next((f for f in (beside if is_checkpoint else [folder]) if (f / "tokenizer.json").is_file()), None)
     if source is None:

@@ -182,7 +182,7 @@ def load(path: str | None, overrides: list[str]) -> Config:
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
         except (yaml.YAMLError, ValueError) as error:
-            raise ValueError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+            raise ValueError(f"{path}: is not YAML: {yaml_reason(error)}") from None
         if tree is not None and not isinstance(tree, dict):
             raise ValueError(f"{path}: must hold keys and values, as `seed: 42`, not {type(tree).__name__}")
         assign(config, tree or {}, f"{path}: ")
@@ -193,7 +193,7 @@ def load(path: str | None, overrides: list[str]) -> Config:
         try:
             value = yaml.load(text, YamlLoader)
         except (yaml.YAMLError, ValueError) as error:
-            raise ValueError(f"{override!r}: the value is not YAML: {' '.join(str(error).split())}") from None
+            raise ValueError(f"{override!r}: the value is not YAML: {yaml_reason(error)}") from None
         tree = {"": Raw(value, text)}
         for part in reversed(name.split(".")):
             tree = {part: tree.get("", tree)}
@@ -259,6 +259,12 @@ def merge(target: dict, tree: dict):
             target[name] = value.value if isinstance(value, Raw) else value
 
 
+TYPES = {
+    bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list",
+    list[float]: "a list of numbers", dict: "keys and values", type(None): "null",
+}  # fmt: skip
+
+
 def convert(value, hint, metadata, where: str):
     """`value` as the type `hint`; an int is taken for a float; otherwise the types must match."""
     allowed = hint.__args__ if isinstance(hint, types.UnionType) else (hint,)
@@ -269,8 +275,7 @@ def convert(value, hint, metadata, where: str):
     if list[float] in allowed and isinstance(value, list) and all(type(item) in (int, float) for item in value):
         return [float(item) for item in value]
     if type(value) not in allowed:
-        names = " or ".join("null" if t is type(None) else type_name(t) for t in allowed)
-        raise ValueError(f"{where} = {value!r} is of type {type(value).__name__}; it must be {names}")
+        raise ValueError(f"{where} = {value!r} must be {' or '.join(TYPES[t] for t in allowed)}")
     if metadata["choices"] and value not in metadata["choices"]:
         near = difflib.get_close_matches(str(value), [choice for choice in metadata["choices"] if choice], 1)
         hint_text = f"; did you mean {near[0]}?" if near else ""
@@ -305,10 +310,9 @@ def check(config: Config):
     check_lora(config.model)
     if config.parallel.context > 1 and config.model.attention == "eager":
         raise ValueError("parallel.context > 1 needs model.attention=auto, sdpa or varlen, not eager")
-    if config.parallel.strategy != "fsdp" and (config.parallel.replicas > 1 or config.parallel.cpu_offload):
-        raise ValueError(
-            f"parallel.replicas and parallel.cpu_offload need parallel.strategy=fsdp, not {config.parallel.strategy}"
-        )
+    for name, asked in [("replicas", config.parallel.replicas > 1), ("cpu_offload", config.parallel.cpu_offload)]:
+        if asked and config.parallel.strategy != "fsdp":
+            raise ValueError(f"parallel.{name} needs parallel.strategy=fsdp, not {config.parallel.strategy}")
 
 
 def check_output_dir(output_dir: str, dataset: str | list):
@@ -425,14 +429,22 @@ class YamlLoader(yaml.SafeLoader):
     """YAML where `1e-5` is a number, `1:30:00` and dates are text, and a key that is there twice is an error."""
 
     def construct_mapping(self, node, deep=False):
-        names = [self.construct_object(name, deep=True) for name, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"the key {name!r} occurs twice{node.start_mark}")
+        names = []
+        for key_node, _ in node.value:
+            name = self.construct_object(key_node, deep=True)
+            if name in names:
+                raise yaml.MarkedYAMLError(problem=f"the key {name!r} is there twice", problem_mark=key_node.start_mark)
+            names.append(name)
         return super().construct_mapping(node, deep)
 
     def construct_decimal(self, node):
         return int(node.value)  # PyYAML reads 010 as 8
+
+
+def yaml_reason(error: Exception) -> str:
+    """What is wrong, and in which line and column."""
+    mark = getattr(error, "problem_mark", None)
+    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}" if mark else " ".join(str(error).split())
 
 
 YamlLoader.yaml_implicit_resolvers = {

@@ -19,6 +19,7 @@ import datasets
 import huggingface_hub
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
@@ -197,19 +198,21 @@ def load_entries(config, scoring: bool = False) -> list[Entry]:
         weight = float(asked.get("weight", 1))
         dataset = load_dataset_class(asked["dataset"], asked.get("args", {}))
         splits = [] if scoring or weight == 0 else ["train"]
-        if validated and "validation" in dataset.formatted_ds:  # one of a mixture need not have it
+        if validated and dataset.formatted_ds.get("validation") is not None:  # one of a mixture need not have it
             splits.append("validation")
         for split in splits:
             if len(dataset.formatted_ds.get(split, ())) == 0:
                 raise ValueError(f"data.dataset = {asked['dataset']!r}: the split {split!r} is empty")
+        if validated and not splits and not scoring:
+            raise ValueError(f"data.dataset = {asked['dataset']!r} has weight 0 and no validation split: leave it out")
         name = dataset.task_spec.task_name
         taken = {other.name for other in entries}
         free = next(n for n in itertools.chain([name], (f"{name}_{k}" for k in itertools.count(2))) if n not in taken)
         entries.append(Entry(free, dataset, weight, splits))
     if validated and not any("validation" in entry.splits for entry in entries):
         raise ValueError(
-            f"data.dataset = {config.data.dataset!r} has no validation split: set data.args.validation, or, to train "
-            "without one, validation.every=null"
+            f"data.dataset = {config.data.dataset!r} has no validation split: set data.args.validation (in a class of "
+            "your own: formatted_ds['validation'])" + ("" if scoring else ", or validation.every=null to train without")
         )
     return [entry for entry in entries if entry.splits]
 
@@ -275,11 +278,11 @@ def from_hub(key: str, name: str):
     constants = huggingface_hub.constants
     try:
         yield
-    except (OSError, ValueError, huggingface_hub.errors.StrictDataclassError) as error:
+    except (OSError, ValueError, SafetensorError, huggingface_hub.errors.StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:300]
         if Path(name).exists():
             raise ValueError(f"{key} = {name!r} cannot be read as a model's folder: {reason}") from error
-        if isinstance(error, ValueError):
+        if not isinstance(error, OSError):
             raise ValueError(f"{key} = {name!r}: {reason}") from error
         offline = " (HF_HUB_OFFLINE is set: only the cache is looked at)" if constants.HF_HUB_OFFLINE else ""
         raise ValueError(
@@ -299,11 +302,16 @@ def check_row(row):
     except UnicodeEncodeError as error:
         raise ValueError(f"has half a character ({error.object[error.start]!r}): a text was cut inside it") from None
     if not isinstance(messages, list) or not messages:
-        raise ValueError('has no "messages": a row is {"messages": [{"role": ..., "content": ...}, ...]}')
+        found = '"messages" is empty' if messages == [] else 'has no "messages"'
+        raise ValueError(f'{found}: a row is {{"messages": [{{"role": ..., "content": ...}}, ...]}}')
+    if not are_objects(row.get("tools")):
+        raise ValueError(f"tools is {str(row['tools'])[:60]!r}, not a list of descriptions of functions")
     for i, message in enumerate(messages):
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ROLES:
             raise ValueError(f"messages[{i}]: the role {role!r} is unknown; it must be one of {', '.join(ROLES)}")
+        if not are_objects(message.get("tool_calls")):
+            raise ValueError(f"messages[{i}]: tool_calls is {str(message['tool_calls'])[:60]!r}, not a list of calls")
         content = message.get("content")
         kinds = [b.get("type") for b in content if isinstance(b, dict)] if isinstance(content, list) else []
         if other := [str(kind) for kind in kinds if kind != "text"]:
@@ -320,6 +328,11 @@ def check_row(row):
             raise ValueError(f"messages[{i}]: the content is {str(content)[:60]!r}, neither text nor text blocks")
     if all(message["role"] != "assistant" for message in messages):
         raise ValueError("has no assistant turn, so there is nothing to train")
+
+
+def are_objects(value) -> bool:
+    """Whether it is a list of JSON objects, or None."""
+    return value is None or isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
 def answers_of(row: dict) -> list[str] | None:
@@ -369,6 +382,11 @@ def choose_template(config, tokenizer, entries) -> str:
             f"the tokenizer of {config.model.name!r} brings no chat template (or several), nor does the dataset; "
             "set tokenizer.chat_template to Jinja text or the path of a .jinja file"
         )
+    try:
+        templates.compile_template(chat_template)
+    except ValueError as error:
+        where = f"tokenizer.chat_template = {config.tokenizer.chat_template!r}: " if asked else ""
+        raise ValueError(f"{where}{error}") from None
     return templates.with_bos(tokenizer, chat_template)
 
 

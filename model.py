@@ -199,7 +199,10 @@ def choose_strategy(strategy: str, model, world_size: int, gpu_bytes: float | No
 def mesh_shape(replicas: int, world_size: int) -> tuple[int, int]:
     """(groups that each hold the whole model, processes that share one), for FSDP."""
     if world_size % replicas:
-        raise ValueError(f"parallel.replicas = {replicas} does not divide the {world_size} processes")
+        raise ValueError(
+            f"parallel.replicas = {replicas} does not divide the {world_size} process(es); change it, or start another "
+            "number of them"
+        )
     return replicas, world_size // replicas
 
 
@@ -213,9 +216,12 @@ def check_context(config, model_config, world_size: int):
     """Raises ValueError where `parallel.context` ranks cannot share rows of this model."""
     context, heads = config.parallel.context, getattr(model_config.get_text_config(), "num_attention_heads", 0)
     if world_size % context:
-        raise ValueError(f"parallel.context = {context} does not divide the {world_size} processes")
+        raise ValueError(
+            f"parallel.context = {context} does not divide the {world_size} process(es); change it, or start another "
+            "number of them"
+        )
     if heads % context:
-        raise ValueError(f"parallel.context = {context} does not divide the model's {heads} attention heads")
+        raise ValueError(f"parallel.context = {context} does not divide the model's {heads} attention heads; change it")
 
 
 def parallelise(model, config, strategy: str, world_size: int, device: torch.device, context_group=None):
@@ -555,7 +561,10 @@ def check_size(path: Path):
     https://github.com/huggingface/safetensors#format: 8 bytes length of the header, header, tensors."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            raise ValueError(f"{path.parent.name}/{path.name} is damaged: its header cannot be read") from None
     ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     if path.stat().st_size != 8 + length + max(ends, default=0):
         raise ValueError(

@@ -6,7 +6,6 @@ Needs no GPU. The exit code is 1 if something would stop the run; each such thin
 """
 
 import argparse
-import collections
 import contextlib
 import html
 import importlib.util
@@ -32,7 +31,7 @@ import templates
 
 GIB = 2**30
 PLANNED_STEPS = 100  # as many steps, evenly over the run, are packed for the figures
-COMPARED = {"rows": 200, "messages": 1000}  # at most, of each dataset, rendered without their tools, calls, ...
+COMPARED_ROWS = 200  # as many of each dataset are looked at for what the chat template leaves out
 
 
 def main():
@@ -151,8 +150,9 @@ def check_surroundings(cfg, world_size: int):
 
 
 def bad_rows(cfg, tokenizer, entries, most: int = 20) -> list[str]:
-    """What is wrong with each of the first `most` rows that cannot be trained on, where the data can be read at all."""
-    found = []
+    """What is wrong with the rows that cannot be trained on, where the data can be read at all: the first `most`
+    reasons, each with the first row that has it."""
+    places = {}  # by reason
     with contextlib.suppress(ValueError, OSError):
         chat_template = data.choose_template(cfg, tokenizer, entries) if entries else None
         for _, _, rows, name in data.rows_of(entries):
@@ -161,10 +161,14 @@ def bad_rows(cfg, tokenizer, entries, most: int = 20) -> list[str]:
                 try:
                     data.encode_rows(rows, tokenizer, chat_template, cfg.data.train_on, name, [i])
                 except ValueError as error:
-                    found.append(str(error))
-                if len(found) == most:
-                    return [*found, "... and perhaps more rows"]
-    return found
+                    place, _, reason = str(error).partition(": ")
+                    places.setdefault(reason, []).append(place)
+                    if len(places) == most or len(places[reason]) == 1000:  # enough to go on with
+                        break
+    return [
+        f"{first}: {reason}" + f" (and in {len(others):,} more)" * bool(others)
+        for reason, (first, *others) in places.items()
+    ]
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
@@ -233,19 +237,17 @@ def overlap(train, validation) -> dict:
 
 
 def left_out(entries, tokenizer) -> dict:
-    """For each training split, in how many of the rows looked at the template leaves something out, by what it is."""
-    found = {}
+    """For some rows of each training split, by `templates.left_out`: name to [times left out, times there]."""
+    found, variables = {}, tokenizer.special_tokens_map
     for _, split, rows, name in data.rows_of(entries):
         if split == "train":
-            found[name], messages = collections.Counter(), 0
-            for i in dict.fromkeys(np.random.default_rng(0).integers(len(rows), size=COMPARED["rows"]).tolist()):
-                row = rows[i]
-                tools, variables = row.get("tools") or None, tokenizer.special_tokens_map
-                found[name].update(templates.left_out(tokenizer.chat_template, row["messages"], tools, **variables))
-                found[name]["rows"] += 1
-                messages += len(row["messages"])
-                if messages >= COMPARED["messages"]:
-                    break
+            found[name] = {}
+            count = min(len(rows), COMPARED_ROWS)
+            for row in map(rows.__getitem__, np.random.default_rng(0).choice(len(rows), count, replace=False).tolist()):
+                tools = row.get("tools") or None
+                for what, missing in templates.left_out(tokenizer.chat_template, row["messages"], tools, **variables):
+                    times, there = found[name].get(what, (0, 0))
+                    found[name][what] = [times + missing, there + 1]
     return found
 
 
@@ -293,11 +295,11 @@ def notes(cfg, report: dict) -> list[str]:
                 f"{part['overlong_are']} (data.overlong)"
             )
     for name, of_it in report.get("left_out", {}).items():
-        parts = [f"{what} in {count:,}" for what, count in of_it.items() if what != "rows"]
+        parts = [f"{what} {times:,} times of {there:,}" for what, (times, there) in of_it.items() if times]
         if parts:
             found.append(
-                f"{name}: of {of_it['rows']:,} conversations looked at, the chat template leaves out "
-                f"{', '.join(parts)}: the model never sees it"
+                f"{name}: in up to {COMPARED_ROWS} conversations looked at, the chat template leaves out, wholly or in "
+                f"part, {', '.join(parts)}: what the model does not see, it does not learn"
             )
     if report.get("overlap", {}).get("prompts"):
         found.append(

@@ -1,5 +1,6 @@
 """One conversation to text and trained spans, and to token ids and labels: exact, or refused with a ValueError."""
 
+import collections
 import functools
 import itertools
 import json
@@ -45,9 +46,10 @@ def render_turns(chat_template, messages, tools=None, **variables) -> tuple[str,
     """
     compiled = compile_template(chat_template)
     chat = Chat(compiled, [prepared(message) for message in messages], tools, variables)
+    plain = chat.plain_text()  # first, so that what it refuses is said of plain strings
     rendered = tracing.joined(chat.chunks(chat.traced, False))
     text = str.__str__(rendered)
-    if text != chat.plain_text():
+    if text != plain:
         raise ValueError("the chat template does something that cannot be followed: " + ADVICE)
     segments, position = [], 0
     for length, (source, printer, block) in rendered.runs:
@@ -73,29 +75,40 @@ def render_turns(chat_template, messages, tools=None, **variables) -> tuple[str,
     return text, turns
 
 
-def left_out(chat_template: str, messages: list[dict], tools: list[dict] | None = None, **variables) -> set[str]:
-    """What of a conversation the template does not print, as "tools" or "reasoning_content (assistant)": the text is
-    the same without it. Raises ValueError where the template refuses the conversation."""
-    compiled = compile_template(chat_template)
-
-    def text(messages, tools):
-        return Chat(compiled, [prepared(message) for message in messages], tools, variables).plain_text()
-
-    def is_whole(messages, tools) -> bool:
-        try:
-            return text(messages, tools) == whole
-        except ValueError:
-            return False
-
-    whole, found = text(messages, tools), set()
-    if tools and is_whole(messages, None):
-        found.add("tools")
-    for i, message in enumerate(messages):
-        for name in ("content", "tool_calls", "reasoning_content", "reasoning", "thinking"):
-            without = {**message, name: "" if name == "content" else None}
-            if message.get(name) and is_whole([*messages[:i], without, *messages[i + 1 :]], tools):
-                found.add(f"{name} ({message['role']})")
+def left_out(chat_template: str, messages: list[dict], tools: list[dict] | None = None, **variables):
+    """What a template may leave out of a conversation, as (name, whether it does): "tools", and of each message its
+    text, reasoning and tool calls, as "content (system)". Text counts as left out where less than all of it is printed.
+    Nothing is told of a template that cannot be followed."""
+    chat = Chat(compile_template(chat_template), [prepared(message) for message in messages], tools, variables)
+    traced, sources = [], {}
+    for i, message in enumerate(chat.messages):
+        traced.append(tracing.traced(message, 2 * i))
+        for names in (("content",), ("tool_calls",), ("reasoning_content", "thinking", "reasoning")):
+            if message.get(names[0]):
+                source = 2 * (len(messages) + len(sources))  # of its own, so that it is told from the message's others
+                traced[-1].update({n: tracing.traced(message[n], source) for n in names if n in message})
+                sources[source] = names[0], message
+    text, position, printed = tracing.joined(chat.chunks(traced, False)), 0, collections.Counter()
+    for length, (source, _, _) in text.runs:
+        printed[source & ~1 if source >= 0 else source] += dense(
+            str.__getitem__(text, slice(position, position + length))
+        )
+        position += length
+    if printed[tracing.LOST]:
+        return []
+    found = [("tools", not printed[tracing.FOREIGN])] if tools else []
+    for source, (name, message) in sources.items():
+        value = message[name]
+        texts = [b.get("text") or "" for b in value] if name == "content" and isinstance(value, list) else [value]
+        # (tags such as <think> the template may print itself)
+        all_of_it = 1 if name == "tool_calls" else sum(dense(re.sub(r"<[^<>]*>|\[/?[A-Z_]+\]", "", t)) for t in texts)
+        found.append((f"{name} ({message['role']})", printed[source] < all_of_it))
     return found
+
+
+def dense(text: str) -> int:
+    """The number of its characters but white space."""
+    return len("".join(text.split()))
 
 
 class Segment(NamedTuple):

@@ -199,6 +199,11 @@ def test_the_command_lists_the_best_finds_a_changed_byte_and_makes_a_model_folde
         writer(tmp_path, model).save(step, model, optimizer, {"val/loss": loss})
     checkpoint.main([str(tmp_path)])
     assert "best: step_00000001, newest whole: step_00000002" in capsys.readouterr().out
+    shutil.copytree(checkpoint.find(tmp_path)[0] / "model", tmp_path / "model")
+    assert checkpoint.list_checkpoints(tmp_path) and "model  whole" in capsys.readouterr().out
+    os.truncate(tmp_path / "model/model.safetensors", 1000)
+    assert not checkpoint.list_checkpoints(tmp_path)
+    assert "model  DAMAGED: model/model.safetensors is damaged" in capsys.readouterr().out
     checkpoint.main([str(tmp_path / "checkpoints/step_00000001"), str(tmp_path / "made")])
     reloaded = LlamaForCausalLM.from_pretrained(tmp_path / "made")
     assert all(torch.equal(a, b) for a, b in zip(reloaded.parameters(), model.parameters(), strict=True))

@@ -25,15 +25,15 @@ def test_the_resolved_configuration_is_a_file_that_loads_to_itself(tmp_path):
     "override, said",
     [
         ("train.learning_rat=1", "nearest is 'train.learning_rate'"),
-        ("seed=a", "must be int"),
-        ("seed=true", "must be int"),
+        ("seed=a", "must be a whole number"),
+        ("seed=true", "must be a whole number"),
         ("train.schedule=cosin", "did you mean cosine"),
         ("train.max_steps=0", "at least 1"),
         ("train.betas=[1]", "two numbers"),
         ("model=3", "is a section"),
         ("seed", "KEY=VALUE"),
         ("train.clip_grad_norm=0", "null switches"),
-        ("parallel.replicas=2", "need parallel.strategy=fsdp, not auto"),
+        ("parallel.replicas=2", "parallel.replicas needs parallel.strategy=fsdp, not auto"),
     ],
 )
 def test_a_mistake_names_the_key_and_the_mend(override, said):

@@ -76,7 +76,15 @@ def test_many_processes_write_the_tokens_of_one(tmp_path):
     [
         ("{", "not valid JSON"),
         ("{}", "of no format"),
-        ('{"messages": []}', 'no "messages"'),
+        ('{"messages": []}', '"messages" is empty'),
+        (
+            '{"messages": [{"role": "assistant", "content": "a", "tool_calls": "x"}]}',
+            "tool_calls is 'x', not a list of",
+        ),
+        (
+            '{"messages": [{"role": "assistant", "content": "a"}], "tools": [5]}',
+            r"tools is '\[5\]', not a list of desc",
+        ),
         (json.dumps({"messages": [{"role": "robot", "content": "x"}]}), "role 'robot'"),
         (json.dumps({"messages": [{"role": "user", "content": 3}]}), "neither text"),
         (json.dumps(chat("a \ud83d", "b")), r"half a character \('\\ud83d'\)"),
@@ -155,6 +163,7 @@ def test_a_split_is_needed_where_it_is_read_and_read_nowhere_else(tmp_path):
     (tmp_path / "held_out.py").write_text(
         "import data\n\nclass HeldOut:\n    task_spec = data.TaskDataSpec('held_out')\n"
         f"    formatted_ds = {{'validation': [{chat('A?', 'Yes.')}]}}\n"
+        "\nclass Nothing(HeldOut):\n    formatted_ds = {'train': [], 'validation': None}\n"
     )
     only_validation = f"{{dataset: {tmp_path}/held_out.py:HeldOut, weight: 0}}"
 
@@ -162,11 +171,13 @@ def test_a_split_is_needed_where_it_is_read_and_read_nowhere_else(tmp_path):
         cfg = config.load(None, [f"data.dataset=[{', '.join(entries)}]", f"validation.every={every}"])
         return [entry.splits for entry in data.load_entries(cfg, scoring)]
 
-    with pytest.raises(ValueError, match="no validation split: set data.args.validation, or, .* validation.every=null"):
+    with pytest.raises(ValueError, match="no validation split: set data.args.validation .*, or validation.every=null"):
         load(only_train)
     assert load(only_train, every="null") == [["train"]]
     assert load(only_train, only_validation, every="null") == [["train"]]
     assert load(only_train, only_validation) == [["train"], ["validation"]]
     assert load(only_validation.replace("weight: 0", "weight: 1"), scoring=True) == [["validation"]]
+    with pytest.raises(ValueError, match="has weight 0 and no validation split: leave it out"):
+        load(only_validation.replace("HeldOut", "Nothing"), only_train)
     with pytest.raises(ValueError, match="split 'train' is empty"):
         load(only_validation.replace("weight: 0", "weight: 1"))

@@ -65,8 +65,10 @@ def test_the_figures_as_json_are_those_of_the_data(tmp_path):
     assert (report["batches"]["steps_per_epoch"], report["batches"]["steps"]) == (2, 6)
     assert report["stop_tokens"][0] == "<|im_end|>" and report["problems"] == []
     assert any("overlong" in note for note in report["notes"])
-    assert report["left_out"] == {"train train": {"rows": 7, "tools": 1}}
-    assert any("7 conversations looked at, the chat template leaves out tools in 1" in note for note in report["notes"])
+    assert report["left_out"] == {
+        "train train": {"content (user)": [0, 8], "content (assistant)": [0, 8], "tools": [1, 1]}
+    }
+    assert any("leaves out, wholly or in part, tools 1 times of 1:" in note for note in report["notes"])
 
 
 @pytest.mark.parametrize(
@@ -74,7 +76,7 @@ def test_the_figures_as_json_are_those_of_the_data(tmp_path):
     [
         (["train.lr=1"], ["no key 'train.lr'"]),
         (["parallel.strategy=fsdp", "parallel.replicas=3", "--world-size", "8"], ["parallel.replicas = 3 does not"]),
-        (["parallel.context=3", "--world-size", "8"], ["parallel.context = 3 does not divide the 8 processes"]),
+        (["parallel.context=3", "--world-size", "8"], ["parallel.context = 3 does not divide the 8 process"]),
         (["parallel.context=8", "--world-size", "8"], ["parallel.context = 8 does not divide the model's 4 attention"]),
         (["--gpu-memory", "0.01"], ["a GPU would need"]),
         (["data.max_seq_length=8"], ["'train'", "nothing to train"]),
@@ -89,12 +91,13 @@ def test_what_would_stop_the_run_is_a_problem_and_exit_code_1(tmp_path, argument
 def test_every_bad_row_is_a_problem(tmp_path):
     good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     bad = {"messages": [{"role": "pilot", "content": "a"}]}
-    (tmp_path / "chats.jsonl").write_text("\n".join([json.dumps(good)] * 30 + [json.dumps(bad), "{"]))
+    (tmp_path / "chats.jsonl").write_text("\n".join([json.dumps(good)] * 30 + [json.dumps(bad), "{", json.dumps(bad)]))
     report = json.loads(
         run(tmp_path, "configs/quickstart.yaml", f"data.dataset={tmp_path / 'chats.jsonl'}", "--json", expect=1)
     )
     text = "\n".join(report["problems"])
     assert "chats.jsonl:31: messages[0]: the role 'pilot'" in text and "chats.jsonl:32: is not valid JSON" in text
+    assert len(report["problems"]) == 2 and "(and in 1 more)" in report["problems"][0]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -275,7 +275,8 @@ def test_a_template_that_prints_no_answer_is_refused():
 
 def test_what_a_template_leaves_out_is_told():
     template = (
-        "{% for message in messages %}{% if message.role != 'system' %}<{{ message.role }}>{{ message.content }}"
+        "{% for message in messages %}{% if message.role != 'system' %}<{{ message.role }}>"
+        "{{ message.content.split('</think>')[-1] }}"
         "{% if message.reasoning_content and loop.last %}({{ message.reasoning_content }}){% endif %};{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     )
@@ -284,10 +285,22 @@ def test_what_a_template_leaves_out_is_told():
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Ho", "thinking": "hm", "tool_calls": [call]},
-        {"role": "user", "content": ""},
-        {"role": "assistant", "content": "Ha", "reasoning_content": "hm"},
+        {"role": "user", "content": " "},
+        {"role": "assistant", "content": "<think>hm</think>Ha", "reasoning_content": "hm"},
     ]
-    found = {"tools", "content (system)", "thinking (assistant)", "tool_calls (assistant)"}
-    assert templates.left_out(template, messages, [call]) == found
-    template += "{{ tools }}{{ messages[0].content }}{{ messages[2].tool_calls }}{{ messages[2].thinking }}"
-    assert templates.left_out(template, messages, [call]) == set()
+    found = templates.left_out(template, messages, [call])
+    assert found == [
+        ("tools", True),
+        ("content (system)", True),
+        ("content (user)", False),
+        ("content (assistant)", False),
+        ("tool_calls (assistant)", True),
+        ("reasoning_content (assistant)", True),
+        ("content (user)", False),
+        ("content (assistant)", True),  # the thoughts in it
+        ("reasoning_content (assistant)", False),
+    ]
+    template += "{{ tools }}{{ messages[0].content }}{{ messages[2].tool_calls | tojson }}{{ messages[2].thinking }}"
+    messages[-1]["content"] = [{"type": "text", "text": "Ha"}]
+    template = template.replace("message.content.split('</think>')[-1]", "message.content | string")
+    assert not any(missing for _, missing in templates.left_out(template, messages, [call]))
