@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import sys
+import warnings
 
 import torch
 from tqdm import tqdm
@@ -24,6 +25,9 @@ import data
 import evaluate
 import formats
 import model as modelling
+
+# The newer name is not in the transformers that still run on Python 3.10
+warnings.filterwarnings("ignore", "`past_key_values` is deprecated")
 
 
 def main():

@@ -1,5 +1,7 @@
 """The script as a user runs it, in a subprocess or a fork, and what a run left behind."""
 
+import contextlib
+import io
 import json
 import os
 import runpy
@@ -7,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import huggingface_hub
 import pytest
@@ -28,6 +31,28 @@ def script(name, *arguments, processes=1, expect=0, said=None, **environment):
     )  # fmt: skip
     assert done.returncode == expect, done.stdout + done.stderr
     return done.stdout, done.stderr
+
+
+def call(main, *arguments, expect=0, home=None):
+    """As `script` of one process, but in this one, which has everything loaded: `main` is the script's."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    constants = huggingface_hub.constants
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch.object(sys, "argv", [main.__module__, *map(str, arguments)]),
+        mock.patch.object(constants, "HF_HUB_OFFLINE", True),
+        mock.patch.object(constants, "HF_HOME", str(home or constants.HF_HOME)),
+    ):
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code
+            if isinstance(code, str):
+                print(code, file=sys.stderr)
+                code = 1
+    assert code == expect, out.getvalue() + err.getvalue()
+    return out.getvalue(), err.getvalue()
 
 
 def run(tmp_path, *arguments, processes=1, expect=0, fault=None):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from running import script
+from running import call, script
 from transformers import AutoTokenizer
 
 import chat
@@ -24,9 +24,10 @@ def test_a_chat_answers_through_the_trained_template_and_stops_where_the_turn_en
 
 def test_a_prompt_is_answered_with_nothing_else_on_the_standard_output(memorised):
     assert talk(memorised, "--prompt", "Who are you?") == "A small model.\n"
-    assert talk(memorised / "model", "--prompt", "Where is Rome?") == "It is in Italy.\n"
+    rome = ["--prompt", "Where is Rome?"]
+    assert call(chat.main, memorised / "model", *rome) == ("It is in Italy.\n", "")
     (step,) = (memorised / "checkpoints").iterdir()
-    assert talk(step, "--prompt", "Where is Rome?", "--max-new-tokens", 3) != "It is in Italy.\n"
+    assert call(chat.main, step, *rome, "--max-new-tokens", 3)[0] != "It is in Italy.\n"
 
 
 def test_json_lines_come_back_in_order_with_their_answers(memorised, tmp_path):
@@ -34,9 +35,8 @@ def test_json_lines_come_back_in_order_with_their_answers(memorised, tmp_path):
     rows.append({"messages": [{"role": r, "content": c} for r, c in zip(
         ("user", "assistant", "user"), ("Where is Oslo?", "In Norway.", "And Lima?"), strict=True)]})  # fmt: skip
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    out = [
-        json.loads(line) for line in talk(memorised, "--jsonl", tmp_path / "in.jsonl", "--batch-size", 2).splitlines()
-    ]
+    said, _ = call(chat.main, memorised, "--jsonl", tmp_path / "in.jsonl", "--batch-size", 2)
+    out = [json.loads(line) for line in said.splitlines()]
     assert out[0] == {**rows[0], "completion": "A small model."} and out[1]["completion"] == "It is in Italy."
     assert out[2]["messages"] == [*rows[2]["messages"], {"role": "assistant", "content": "In Peru."}]
     assert talk(memorised, "--jsonl", "-", said=json.dumps(rows[0])) == json.dumps(out[0]) + "\n"
@@ -96,5 +96,5 @@ def test_a_character_of_several_tokens_is_printed_once_it_is_whole(capsys):
     ],
 )
 def test_a_wrong_flag_is_an_error_in_one_line(memorised, arguments, reason):
-    said = talk(memorised, *arguments, expect=2 if "nowhere.jsonl" not in arguments else 1)
-    assert reason in said and "Traceback" not in said
+    _, said = call(chat.main, memorised, *arguments, expect=2 if "nowhere.jsonl" not in arguments else 1)
+    assert reason in said.splitlines()[-1]
