@@ -75,42 +75,6 @@ def render_turns(chat_template, messages, tools=None, **variables) -> tuple[str,
     return text, turns
 
 
-def left_out(chat_template: str, messages: list[dict], tools: list[dict] | None = None, **variables):
-    """What a template may leave out of a conversation, as (name, whether it does): "tools", and of each message its
-    text, reasoning and tool calls, as "content (system)". Text counts as left out where less than all of it is printed.
-    Nothing is told of a template that cannot be followed."""
-    chat = Chat(compile_template(chat_template), [prepared(message) for message in messages], tools, variables)
-    traced, sources = [], {}
-    for i, message in enumerate(chat.messages):
-        traced.append(tracing.traced(message, 2 * i))
-        for names in (("content",), ("tool_calls",), ("reasoning_content", "thinking", "reasoning")):
-            if message.get(names[0]):
-                source = 2 * (len(messages) + len(sources))  # of its own, so that it is told from the message's others
-                traced[-1].update({n: tracing.traced(message[n], source) for n in names if n in message})
-                sources[source] = names[0], message
-    text, position, printed = tracing.joined(chat.chunks(traced, False)), 0, collections.Counter()
-    for length, (source, _, _) in text.runs:
-        printed[source & ~1 if source >= 0 else source] += dense(
-            str.__getitem__(text, slice(position, position + length))
-        )
-        position += length
-    if printed[tracing.LOST]:
-        return []
-    found = [("tools", not printed[tracing.FOREIGN])] if tools else []
-    for source, (name, message) in sources.items():
-        value = message[name]
-        texts = [b.get("text") or "" for b in value] if name == "content" and isinstance(value, list) else [value]
-        # (tags such as <think> the template may print itself)
-        all_of_it = 1 if name == "tool_calls" else sum(dense(re.sub(r"<[^<>]*>|\[/?[A-Z_]+\]", "", t)) for t in texts)
-        found.append((f"{name} ({message['role']})", printed[source] < all_of_it))
-    return found
-
-
-def dense(text: str) -> int:
-    """The number of its characters but white space."""
-    return len("".join(text.split()))
-
-
 class Segment(NamedTuple):
     start: int
     end: int
@@ -452,6 +416,42 @@ def is_trained(message: dict, chosen: bool, index: int) -> bool:
     if not (train is None or isinstance(train, bool)) or weight not in (None, 0, 1):  # (0 == False)
         raise ValueError(f'messages[{index}]: "train" must be true or false, and "weight" 0 or 1')
     return chosen and train is not False and weight != 0
+
+
+def left_out(chat_template: str, messages: list[dict], tools: list[dict] | None = None, **variables):
+    """What a template may leave out of a conversation, as (name, whether it does): "tools", and of each message its
+    text, reasoning and tool calls, as "content (system)". Text counts as left out where less than all of it is printed.
+    Nothing is told of a template that cannot be followed."""
+    chat = Chat(compile_template(chat_template), [prepared(message) for message in messages], tools, variables)
+    traced, sources = [], {}
+    for i, message in enumerate(chat.messages):
+        traced.append(tracing.traced(message, 2 * i))
+        for names in (("content",), ("tool_calls",), ("reasoning_content", "thinking", "reasoning")):
+            if message.get(names[0]):
+                source = 2 * (len(messages) + len(sources))  # of its own, so that it is told from the message's others
+                traced[-1].update({n: tracing.traced(message[n], source) for n in names if n in message})
+                sources[source] = names[0], message
+    text, position, printed = tracing.joined(chat.chunks(traced, False)), 0, collections.Counter()
+    for length, (source, _, _) in text.runs:
+        printed[source & ~1 if source >= 0 else source] += dense(
+            str.__getitem__(text, slice(position, position + length))
+        )
+        position += length
+    if printed[tracing.LOST]:
+        return []
+    found = [("tools", not printed[tracing.FOREIGN])] if tools else []
+    for source, (name, message) in sources.items():
+        value = message[name]
+        texts = [b.get("text") or "" for b in value] if name == "content" and isinstance(value, list) else [value]
+        # (tags such as <think> the template may print itself)
+        all_of_it = 1 if name == "tool_calls" else sum(dense(re.sub(r"<[^<>]*>|\[/?[A-Z_]+\]", "", t)) for t in texts)
+        found.append((f"{name} ({message['role']})", printed[source] < all_of_it))
+    return found
+
+
+def dense(text: str) -> int:
+    """The number of its characters but white space."""
+    return len("".join(text.split()))
 
 
 def with_bos(tokenizer, chat_template: str) -> str:
