@@ -542,8 +542,9 @@ def stop_reason(cfg, output_dir: Path, began: float, needed: float) -> str | Non
 def samples(asked, answers, tokenizer, tracker, step: int):
     """The first validation prompts, with what was expected and what the model said."""
     for n, (question, answer) in enumerate(zip(asked, answers, strict=True)):
-        prompt = tokenizer.decode(question.prompt, skip_special_tokens=True)[-400:].strip()
-        answer = answer if len(answer) < 400 else f"{answer[:400]}..."
+        prompt = tokenizer.decode(question.prompt, skip_special_tokens=True).strip()
+        prompt = prompt if len(prompt) <= 400 else f"...{prompt[-400:]}"
+        answer = answer if len(answer) <= 400 else f"{answer[:400]}..."
         text = f"--- sample {n + 1}\n{textwrap.indent(prompt, ' ' * 8)}"
         tracker.text(step, f"samples/{n + 1}", f"{text}\n    expected: {question.reference}\n    answered: {answer}")
 
