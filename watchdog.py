@@ -35,7 +35,7 @@ class Watchdog:
         self.asked, self.may_stop_at_once, self.output_dir, self.step = [], True, None, None
         self.count, self.place, self.since, self.watching = 0, "start", time.monotonic(), False
         self.main_thread, self.parent = threading.get_ident(), os.getppid()
-        self.lock, self.closed = threading.Lock(), False
+        self.lock, self.closed, self.ending = threading.Lock(), False, threading.Lock()
         self.store = None
         if ranks.from_torchrun():
             run, attempt = os.environ["TORCHELASTIC_RUN_ID"], os.environ["TORCHELASTIC_RESTART_COUNT"]
@@ -73,6 +73,7 @@ class Watchdog:
     # ---- the end ----
 
     def end(self, code: int, state: str, message: str):
+        self.ending.acquire()  # never released: one thread ends the process, and the others wait for that
         mine = json.dumps({"code": code, "by": self.rank})
         if self.store:
             said = self.quietly(self.store.compare_set, f"{self.prefix}end", "", mine)

@@ -49,6 +49,21 @@ def test_a_single_process_that_hangs_ends_too(tmp_path, two_epochs):
     assert state(out)["state"] == "failed"
 
 
+def test_two_threads_of_a_rank_that_end_the_run_say_one_thing(tmp_path):
+    code = f"""
+import threading, time, watchdog
+dog = watchdog.Watchdog(0, 1, 100)
+dog.output_dir, quietly = {str(tmp_path)!r}, dog.quietly
+dog.quietly = lambda *arguments: (time.sleep(0.3), quietly(*arguments))
+threading.Thread(target=dog.end, args=(1, "failed", "error: a rank is gone")).start()
+time.sleep(0.1)
+dog.end(1, "failed", "error: a consequence")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr == "error: a rank is gone\n"
+    assert state(tmp_path)["reason"] == "a rank is gone"
+
+
 def test_a_signal_to_any_rank_saves_the_step_of_all_and_ends_with_0(tmp_path, two_epochs):
     arguments, _ = two_epochs
     out, other = tmp_path / "out", tmp_path / "other"
