@@ -1,5 +1,6 @@
 """Attention within the documents of a packed row, also where several ranks share the row (context parallelism)."""
 
+import functools
 import math
 
 import torch
@@ -11,24 +12,32 @@ import packing
 
 
 @torch.compiler.disable  # the number of documents differs from row to row
-def document_sdpa(module, query, key, value, attention_mask, **kwargs):
+def per_document(module, query, key, value, attention_mask, **kwargs):
     """Causal attention of each document of a packed row to itself, by SDPA, called once per document: any device and
     dtype. Registered with transformers: `attend` has the arguments."""
-    return attend(sdpa_per_document, module, query, key, value, **kwargs), None
+    return attend(sdpa, module, query, key, value, attention_mask, **kwargs), None
 
 
 @torch.compiler.disable
-def document_varlen(module, query, key, value, attention_mask, **kwargs):
+def per_document_varlen(module, query, key, value, attention_mask, **kwargs):
     """The same in one call of torch's variable-length flash attention: CUDA, bfloat16."""
-    return attend(varlen, module, query, key, value, **kwargs), None
+    return attend(varlen, module, query, key, value, attention_mask, **kwargs), None
 
 
-AttentionInterface.register("document_sdpa", document_sdpa)
-AttentionInterface.register("document_varlen", document_varlen)
+# (transformers refuses a name with "sdpa" or "flash" in it to models that cap their scores or have sinks)
+AttentionInterface.register("per_document", per_document)
+AttentionInterface.register("per_document_varlen", per_document_varlen)
 
 
-def choose(config, device: torch.device) -> str:
+def choose(config, model_class, device: torch.device) -> str:
     """The attention of a `config.Model` on a device, by its name in transformers. Raises ValueError."""
+    if not model_class._can_set_attn_implementation():  # an older model, with an attention of its own alone
+        if config.attention not in ("auto", "eager"):
+            raise ValueError(
+                f"model.attention={config.attention}: {model_class.__name__} computes its attention itself; auto and "
+                "eager leave it to that"
+            )
+        return "eager"
     here = torch.cuda.is_available()  # (preview.py asks for GPUs that are elsewhere)
     fits = device.type == "cuda" and config.dtype == "bfloat16"
     fits = fits and not (here and torch.cuda.get_device_capability(device) < (8, 0))
@@ -38,9 +47,9 @@ def choose(config, device: torch.device) -> str:
             "auto chooses what fits"
         )
     return {
-        "auto": "document_varlen" if fits else "document_sdpa",
-        "varlen": "document_varlen",
-        "sdpa": "document_sdpa",
+        "auto": "per_document_varlen" if fits else "per_document",
+        "varlen": "per_document_varlen",
+        "sdpa": "per_document",
         "eager": "eager",
     }[config.attention]
 
@@ -57,73 +66,112 @@ class Documents:
 
 
 def attend(
-    kernel, module, query, key, value, scaling=None, dropout=0.0, sliding_window=None, documents=None,
-    context_group=None, **others,
+    kernel, module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
+    s_aux=None, documents=None, context_group=None, **others,
 ) -> torch.Tensor:  # fmt: skip
-    """query (1, heads, tokens, head_dim); key and value with as many heads or fewer. `documents`: None, the row is one.
-    `context_group`: the ranks that share the row; each brings its `packing.slice_of` the tokens, while the documents
-    are the whole row's. Returns (1, tokens, heads, head_dim). Raises ValueError for a model that needs more than that.
+    """query (1, heads, tokens, head_dim); key and value with as many heads or fewer. `softcap`, `s_aux` (heads,): see
+    `scores`. `documents`: None, the row is one. `context_group`: the ranks that share the row; each brings its
+    `packing.slice_of` the tokens, while the documents are the whole row's. Returns (1, tokens, heads, head_dim),
+    contiguous. Raises ValueError for a model that needs more than that.
     """
     if documents is None:
         tokens = query.shape[2]
         documents = Documents([tokens], torch.tensor([0, tokens], dtype=torch.int32, device=query.device))
+    others |= {"attention_mask": attention_mask, "sliding_window": sliding_window}
     refuse_unknown(module, others, max(documents.lengths))
     kind = query.device.type
     if torch.is_autocast_enabled(kind):  # rotary embeddings have made float32 of query and key
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
     if context_group is not None:
         query, key, value = tokens_for_heads(query, key, value, documents.ends[-1], context_group)
-    output = kernel(query, key, value, documents, scaling, dropout, sliding_window)
+        if s_aux is not None:
+            s_aux = s_aux.chunk(dist.get_world_size(context_group))[dist.get_rank(context_group)]
+    if softcap or s_aux is not None:
+        kernel = functools.partial(scores, softcap=softcap, sinks=s_aux)
+    output = kernel(query, key, value, documents, scaling or query.shape[3] ** -0.5, dropout, sliding_window)
     return output if context_group is None else heads_for_tokens(output, context_group)
 
 
 def refuse_unknown(module, others: dict, longest: int):
     """Raises ValueError where a model asks for more than causal attention of documents of up to `longest` tokens."""
-    chunk = getattr(getattr(module, "config", None), "attention_chunk_size", None)
+    config = getattr(module, "config", None)
+    chunk, window = (getattr(config, name, None) for name in ("attention_chunk_size", "sliding_window"))
+    kinds = getattr(config, "layer_types", None)  # None: all layers are alike
+    in_window = kinds is None or kinds[module.layer_idx] == "sliding_attention"
+    if window and in_window and others["sliding_window"] is None and longest > window:
+        raise ValueError(
+            f"{type(module).__name__} attends to the last {window:,} tokens by its mask alone, and a document has "
+            f"{longest:,}: set data.max_seq_length to as many, or model.attention=eager"
+        )
     if chunk and longest > chunk:
         raise ValueError(
             f"{type(module).__name__} attends in chunks of {chunk:,} tokens, and a document has {longest:,}: set "
             "data.max_seq_length to as many, or model.attention=eager"
         )
-    for name in ("softcap", "s_aux", "position_bias"):
+    for name in ("attention_mask", "position_bias"):
         if others.get(name) is not None:
-            raise ValueError(f"{type(module).__name__} needs {name}, which only model.attention=eager computes")
+            raise ValueError(f"{type(module).__name__} brings its own {name}, which only model.attention=eager applies")
 
 
 # ---- kernels: (1, heads, tokens, head_dim) to (1, tokens, heads, head_dim) -------------------------------------------
 
 
-def sdpa_per_document(query, key, value, documents: Documents, scale, dropout: float, window: int | None):
+def sdpa(query, key, value, documents: Documents, scale: float, dropout: float, window: int | None):
     if query.is_cuda and (query.dtype == torch.float32 or window):
         # there SDPA's fast kernels want as many key heads, and the slow one keeps a matrix of all scores
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     outputs = []
     # (split: the gradient of slices would be a whole row of zeros for each document)
     for q, k, v in zip(*(x.split(documents.lengths, dim=2) for x in (query, key, value)), strict=True):
-        mask, length = None, q.shape[2]  # q (1, heads, length, head_dim)
-        if window is not None and length > window:
-            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+        length = q.shape[2]  # q (1, heads, length, head_dim)
+        mask = None if window is None or length <= window else seen(length, window, q.device)
         options = {"attn_mask": mask, "is_causal": mask is None, "dropout_p": dropout, "scale": scale}
-        outputs.append(F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **options))
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+        output = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **options)
+        outputs.append(output.transpose(1, 2))  # (1, length, heads, head_dim)
+    return torch.cat(outputs, dim=1)
 
 
-def varlen(query, key, value, documents: Documents, scale, dropout: float, window: int | None):
+def seen(length: int, window: int | None, device) -> torch.Tensor:
+    """Which keys each query of a document sees: bool (length, length)."""
+    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return mask if window is None else mask.triu(1 - window)
+
+
+def scores(
+    query, key, value, documents: Documents, scale: float, dropout: float, window: int | None, softcap, sinks
+) -> torch.Tensor:
+    """What the other kernels do not compute, with the scores of one document at a time in memory. `softcap`: where
+    scores end, as softcap tanh(score / softcap) (Gemma 2, arXiv:2408.00118); `sinks` (heads,): the score of no key at
+    all, which takes its share of each query's weights (gpt-oss, arXiv:2508.10925)."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    outputs = []
+    for q, k, v in zip(*(x.split(documents.lengths, dim=2) for x in (query, key, value)), strict=True):
+        of_keys = (q @ k.transpose(2, 3)).float() * scale  # (1, heads, length, length)
+        if softcap:
+            of_keys = softcap * (of_keys / softcap).tanh()
+        of_keys = of_keys.masked_fill(~seen(q.shape[2], window, q.device), -torch.inf)
+        if sinks is not None:
+            of_nothing = sinks.float()[None, :, None, None].expand(-1, -1, q.shape[2], 1)
+            of_keys = torch.cat([of_keys, of_nothing], dim=3)  # (1, heads, length, length + 1)
+        weights = F.dropout(of_keys.softmax(3)[..., : q.shape[2]], dropout).to(v.dtype)
+        outputs.append((weights @ v).transpose(1, 2))  # (1, length, heads, head_dim)
+    return torch.cat(outputs, dim=1)
+
+
+def varlen(query, key, value, documents: Documents, scale: float, dropout: float, window: int | None):
     from torch.nn.attention.varlen import varlen_attn
 
-    if dropout:
-        raise ValueError("this model has attention dropout, which varlen does not; set model.attention=sdpa")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, head_dim)
-    scale, width = scale or q.shape[2] ** -0.5, v.shape[2]
+    width = v.shape[2]
     padded = -(-max(q.shape[2], width) // 8) * 8  # the kernel has one head_dim for all three, in steps of 8
-    if padded > 256:
-        raise ValueError(f"this model's heads are {padded} wide, and varlen's at most 256; set model.attention=sdpa")
+    if dropout or padded > 256:  # which it does not compute
+        return sdpa(query, key, value, documents, scale, dropout, window)
     if {padded} != {x.shape[2] for x in (q, k, v)}:
         q, k, v = (F.pad(x, (0, padded - x.shape[2])) for x in (q, k, v))
     options = {"scale": scale, "window_size": (window - 1 if window else -1, 0)}
     options["enable_gqa"] = q.shape[1] != k.shape[1]
     starts, longest = documents.starts, max(documents.lengths)
-    return varlen_attn(q, k, v, starts, starts, longest, longest, **options)[None, ..., :width]
+    return varlen_attn(q, k, v, starts, starts, longest, longest, **options)[None, ..., :width].contiguous()
 
 
 # ---- context parallelism ---------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ class Model:
     )
     attention: str = key(
         "auto",
-        "auto: varlen on CUDA in bfloat16, else sdpa, called per document",
+        "auto: varlen on CUDA in bfloat16, else sdpa, called per document; eager: as transformers computes it",
         choices=["auto", "varlen", "sdpa", "eager"],
     )
     compile: bool = key(False, "torch.compile each block")

@@ -93,8 +93,7 @@ def generate(
 ) -> list[list[int]]:
     """Answers (ids before the first stop id) to a batch of prompts of token ids; greedy unless `sampling` (arguments of
     transformers' `generate`) says otherwise. `alive` is called at each token."""
-    attention, was_training, own = model.config._attn_implementation, model.training, model.generation_config
-    longest = max(len(prompt) for prompt in prompts)
+    own, longest = model.generation_config, max(len(prompt) for prompt in prompts)
     max_new_tokens = max(1, min(max_new_tokens, modelling.positions_of(model) - longest))
     pad = stop_ids[0]
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)  # (prompts, longest)
@@ -104,25 +103,23 @@ def generate(
         alive()
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-    model.eval()
-    model.set_attn_implementation("eager" if attention == "eager" else "sdpa")
+    kernel = "sdpa" if model._supports_sdpa and model.config._attn_implementation != "eager" else "eager"
     model.generation_config = GenerationConfig()  # its own may hold penalties and beams, which are no greedy answers
     try:
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=stop_ids,
-            pad_token_id=pad,
-            use_cache=True,
-            stopping_criteria=[note],
-            synced_gpus=modelling.is_sharded(model),  # a sharded model runs on all ranks or none
-            **({"do_sample": False} | sampling),
-        )[:, longest:].tolist()
+        with modelling.answering(model, kernel):
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=stop_ids,
+                pad_token_id=pad,
+                use_cache=True,
+                stopping_criteria=[note],
+                synced_gpus=modelling.is_sharded(model),  # a sharded model runs on all ranks or none
+                **({"do_sample": False} | sampling),
+            )[:, longest:].tolist()
     finally:
         model.generation_config = own
-        model.set_attn_implementation(attention)
-        model.train(was_training)
     return [
         answer[: next((k for k, token in enumerate(answer) if token in stop_ids), len(answer))] for answer in output
     ]

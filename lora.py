@@ -130,7 +130,7 @@ def adapter_revision(config) -> str | None:
     return Path(cached).parent.name if isinstance(cached, str) else config.revision
 
 
-def open_adapter(folder: Path, dtype, attention: str = "sdpa", weights: dict | None = None):
+def open_adapter(folder: Path, dtype, attention: str | None = None, weights: dict | None = None):
     """The base that an adapter's folder names, with the adapter; `weights`: the adapter's, by name, where they are not
     to be read there. Raises ValueError where it is an adapter of another kind, or its base is gone."""
     path = folder / "adapter_config.json"

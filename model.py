@@ -22,7 +22,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 import attention
@@ -61,11 +61,12 @@ def load(config, device: torch.device, outline: bool = False) -> torch.nn.Module
             f"model.name = {config.name!r} is a LoRA adapter; add it to its base first: python checkpoint.py "
             f"{config.name} A-FOLDER, and name that"
         )
-    implementation = attention.choose(config, device)
-    options = {"dtype": base_dtype(config), "attn_implementation": implementation}
+    with data.from_hub("model.name", config.name):
+        model_config = AutoConfig.from_pretrained(config.name, revision=config.revision)
+    kernel = attention.choose(config, class_of(config, model_config), device)
+    options = {"dtype": base_dtype(config), "attn_implementation": kernel}
     with data.from_hub("model.name", config.name):
         if config.from_scratch or outline:
-            model_config = AutoConfig.from_pretrained(config.name, revision=config.revision)
             with torch.device("meta" if outline else "cpu"):
                 model = AutoModelForCausalLM.from_config(model_config, **options)
         else:
@@ -81,8 +82,25 @@ def load(config, device: torch.device, outline: bool = False) -> torch.nn.Module
     return model
 
 
-def open_saved(name: str, dtype, implementation: str = "sdpa"):
-    """The model of a folder or of the Hub, for answering; of an adapter's folder, its base with the adapter."""
+def class_of(config, model_config):
+    """The class of a `config.Model`, whose transformers configuration is given. Raises ValueError where that is no
+    causal language model, or its weights are quantized."""
+    quantized = getattr(model_config, "quantization_config", None)
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
+        raise ValueError(
+            f"model.name = {config.name!r} has quantized weights ({method}), which cannot be trained; name a copy "
+            "of it in bfloat16 or float32"
+        )
+    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
+    if found is None:
+        raise ValueError(f"model.name = {config.name!r} ({model_config.model_type}) is no causal language model")
+    return found[0] if isinstance(found, (list, tuple)) else found
+
+
+def open_saved(name: str, dtype, implementation: str | None = None):
+    """The model of a folder or of the Hub, for answering; of an adapter's folder, its base with the adapter.
+    `implementation`: of attention; None: SDPA where the model can, else eager."""
     if (Path(name) / "adapter_config.json").is_file():
         return lora.open_adapter(Path(name), dtype, implementation)
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=implementation).eval()
@@ -124,6 +142,45 @@ def check_positions(model, *lengths: int):
         raise ValueError(
             f"the longest conversation has {max(lengths):,} tokens, and the model {positions:,} positions "
             f"(max_position_embeddings): set data.max_seq_length={positions}"
+        )
+
+
+@contextlib.contextmanager
+def answering(model, implementation: str):
+    """In eval mode, with another attention, for a while."""
+    own, was_training = model.config._attn_implementation, model.training
+    model.eval()
+    try:
+        model.set_attn_implementation(implementation)
+        yield
+    finally:
+        model.set_attn_implementation(own)
+        model.train(was_training)
+
+
+@torch.no_grad()
+def check_attention(model, config):
+    """Raises ValueError unless the model of a `config.Model` gives the same logits in a packed row as by itself, when
+    transformers computes its attention and numbers its tokens: measured."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.get_input_embeddings().num_embeddings, (1, 12), generator=generator).to(model.device)
+    positions, ours = torch.arange(12, device=model.device)[None], model.config._attn_implementation != "eager"
+    try:
+        with answering(model, "eager"):
+            alone = model(ids, use_cache=False).logits.float()  # (1, 12, vocabulary)
+    except Exception:  # some layers run only on a GPU
+        return
+    mend = "set model.attention=eager" if ours else "it numbers its tokens in its own way, and cannot be trained here"
+    try:
+        with answering(model, "per_document" if ours else "eager"):  # (varlen does not compute in float32)
+            packed = model(ids, position_ids=positions, use_cache=False).logits.float()
+    except Exception as error:
+        raise ValueError(f"model.name = {config.name!r} does not take packed rows ({error}); {mend}") from error
+    off = (packed - alone).norm() / alone.norm()
+    if not off <= (1e-3 if base_dtype(config) == torch.float32 else 0.2):  # (rounded, experts may change places)
+        raise ValueError(
+            f"model.name = {config.name!r}: in a packed row this model would give other logits than by itself (off by "
+            f"{off:.1%}); {mend}"
         )
 
 
@@ -278,11 +335,7 @@ def follow_rank_0(model) -> tuple[bool, dict[str, str]]:
         for name, p in model.named_parameters(remove_duplicate=False):
             if names.setdefault(p, name) != name:
                 ties[name] = names[p]
-        try:
-            plain = has_plain_head(model)
-        except Exception:  # some layers run only on a GPU: the slower path is right for any head
-            plain = False
-        found = plain, ties, {name: (tensor.dtype, tensor.shape) for name, tensor in tensors_of(model)}
+        found = has_plain_head(model), ties, {name: (tensor.dtype, tensor.shape) for name, tensor in tensors_of(model)}
     plain, ties, contents = ranks.from_rank_0(found)
     mine = dict(tensors_of(model))
     if [(name, t.shape) for name, t in mine.items()] != [(name, shape) for name, (_, shape) in contents.items()]:
@@ -361,8 +414,9 @@ class PackedLoss(torch.nn.Module):
                 self.positions = None
             weight = self.model.get_output_embeddings().weight
             return HeadLoss.apply(hidden[positions], weight, targets, torch.is_grad_enabled())
-        output = self.model(**arguments, use_cache=False, logits_to_keep=positions)
-        logits = output.logits[0]  # (supervised, vocabulary)
+        logits = self.model(**arguments, use_cache=False, logits_to_keep=positions).logits[0]
+        if len(logits) != len(positions):  # the model does not know logits_to_keep
+            logits = logits[positions]  # (supervised, vocabulary)
         return F.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=IGNORE_INDEX)
 
     def gather(self, module, arguments):
@@ -428,21 +482,18 @@ class HeadLoss(torch.autograd.Function):
 @torch.no_grad()
 def has_plain_head(model) -> bool:
     """Whether the model's logits are its last hidden states times the output weights, with no scale, cap or bias after
-    them: measured."""
-    implementation, was_training = model.config._attn_implementation, model.training
-    head = model.get_output_embeddings()
-    model.eval()
-    model.set_attn_implementation("eager")  # the head is looked at, on any device
+    them: measured. (False is right for any head, and slower.)"""
+    head, ids = model.get_output_embeddings(), torch.arange(4, device=model.device)[None]
     hook = head.register_forward_hook(lambda module, arguments, output: output * 1000)  # a cap shows on large logits
     try:
-        ids = torch.arange(4, device=model.device)[None]
-        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-        logits = model(input_ids=ids, use_cache=False).logits
+        with answering(model, "eager"):  # the head is looked at, on any device
+            hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+            logits = model(input_ids=ids, use_cache=False).logits
+        plain = 1000 * (hidden @ head.weight.T)
+    except Exception:  # some layers run only on a GPU, and some models have no such decoder
+        return False
     finally:
         hook.remove()
-        model.set_attn_implementation(implementation)
-        model.train(was_training)
-    plain = 1000 * (hidden @ head.weight.T)
     tolerance = {"rtol": 1e-3, "atol": 1e-4 * float(logits.abs().max())}
     return plain.shape == logits.shape and torch.allclose(plain, logits, **tolerance)
 

@@ -323,9 +323,9 @@ def memory(cfg, tokenizer, world_size: int, gpu_gib: float, row: dict, longest: 
     modelling.check_context(cfg, model_config, world_size)
     tokens = max(1, math.ceil(row["largest_row_tokens"] / cfg.parallel.context))  # a rank's
     supervised = min(row.get("largest_row_supervised", tokens), tokens)
-    implementation = attention.choose(cfg.model, torch.device("cuda"))
-    if implementation == "document_varlen":
-        implementation = "document_sdpa"  # keeps the same tensors, and runs without a GPU
+    implementation = attention.choose(cfg.model, modelling.class_of(cfg.model, model_config), torch.device("cuda"))
+    if implementation == "per_document_varlen":
+        implementation = "per_document"  # keeps the same tensors, and runs without a GPU
     with FakeTensorMode():
         base_dtype = modelling.base_dtype(cfg.model)
         model = AutoModelForCausalLM.from_config(model_config, dtype=base_dtype, attn_implementation=implementation)

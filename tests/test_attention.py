@@ -16,39 +16,60 @@ def inputs(key_heads, widths=(8, 8, 8)):
     return [torch.randn(1, n, TOKENS, width, generator=generator) for n, width in zip(heads, widths, strict=True)]
 
 
-def attended(query, key, value, ends, window, scale=8**-0.5):
-    """By the definition: each query's weights over the keys of its document, of itself and before, in the window."""
+def attended(query, key, value, ends, window, scale=8**-0.5, softcap=None, s_aux=None):
+    """By the definition: each query's weights over the keys of its document, of itself and before, in the window, and
+    over a sink, which has no value."""
     key, value = (x.repeat_interleave(HEADS // x.shape[1], dim=1) for x in (key, value))
     document, place = torch.bucketize(torch.arange(TOKENS), torch.tensor(ends), right=True), torch.arange(TOKENS)
     seen = (document[:, None] == document) & (place[:, None] >= place)
     if window:
         seen &= place[:, None] - place < window
-    scores = (query @ key.transpose(2, 3) * scale).masked_fill(~seen, -torch.inf)
-    return (scores.softmax(3) @ value).transpose(1, 2)  # (1, tokens, heads, head_dim)
+    scores = query @ key.transpose(2, 3) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~seen, -torch.inf).exp()
+    total = weights.sum(3, keepdim=True) + (0 if s_aux is None else s_aux.exp()[None, :, None, None])
+    return (weights / total @ value).transpose(1, 2)  # (1, tokens, heads, head_dim)
+
+
+SINKS = torch.linspace(-2.0, 2.0, HEADS)
 
 
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("key_heads", [1, 2, 6])
 def test_a_token_attends_to_its_own_document_up_to_itself(key_heads, window):
     made = inputs(key_heads)
-    output, _ = attention.document_sdpa(torch.nn.Module(), *made, None, sliding_window=window, documents=ROW)
+    output, _ = attention.per_document(torch.nn.Module(), *made, None, sliding_window=window, documents=ROW)
     torch.testing.assert_close(output, attended(*made, ENDS, window))
+    assert output.is_contiguous()
 
 
-CASES = [(1, None), (2, None), (2, 4), (6, None)]  # key heads, window
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("more", [{"softcap": 0.5}, {"s_aux": SINKS}, {"softcap": 0.5, "s_aux": SINKS}])
+@pytest.mark.parametrize("kernel", [attention.per_document, attention.per_document_varlen])
+def test_scores_are_capped_and_sinks_take_their_share(kernel, more, window):
+    made = inputs(2)
+    output, _ = kernel(torch.nn.Module(), *made, None, sliding_window=window, documents=ROW, **more)
+    torch.testing.assert_close(output, attended(*made, ENDS, window, **more))
+    assert not torch.allclose(output, attended(*made, ENDS, window), atol=1e-3) and output.is_contiguous()
+
+
+# key heads, window, sinks
+CASES = [(1, None, None), (2, None, None), (2, 4, None), (6, None, None), (2, None, SINKS)]
 
 
 def one_rank(rank, path, ranks):
     """Its slice of the outputs and of the gradients, into a file."""
     dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=ranks)
     mine, saved, shared = packing.slice_of(TOKENS, rank, ranks), [], {"context_group": dist.group.WORLD}
-    for key_heads, window in CASES:
+    for key_heads, window, sinks in CASES:
         made = [x[:, :, mine].clone().requires_grad_() for x in inputs(key_heads)]
-        output, _ = attention.document_sdpa(
-            torch.nn.Module(), *made, None, sliding_window=window, documents=ROW, **shared
+        sinks = None if sinks is None else sinks.clone().requires_grad_()
+        output, _ = attention.per_document(
+            torch.nn.Module(), *made, None, sliding_window=window, s_aux=sinks, documents=ROW, **shared
         )
         output.square().sum().backward()
-        saved.append([output.detach(), *(x.grad for x in made)])
+        saved.append([output.detach(), *(x.grad for x in made), None if sinks is None else sinks.grad])
     torch.save(saved, f"{path}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -57,22 +78,25 @@ def one_rank(rank, path, ranks):
 def test_ranks_that_share_a_row_attend_as_one_alone(tmp_path, ranks):
     torch.multiprocessing.spawn(one_rank, (str(tmp_path), ranks), ranks)
     saved = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
-    for case, (key_heads, window) in enumerate(CASES):
+    for case, (key_heads, window, sinks) in enumerate(CASES):
         made = [x.requires_grad_() for x in inputs(key_heads)]
-        output = attended(*made, ENDS, window)
+        sinks = None if sinks is None else sinks.clone().requires_grad_()
+        output = attended(*made, ENDS, window, s_aux=sinks)
         output.square().sum().backward()
         torch.testing.assert_close(torch.cat([parts[case][0] for parts in saved], dim=1), output)
         for n, x in enumerate(made, 1):
             torch.testing.assert_close(torch.cat([parts[case][n] for parts in saved], dim=2), x.grad)
+        if sinks is not None:
+            torch.testing.assert_close(sum(parts[case][4] for parts in saved), sinks.grad)
 
 
 def test_a_document_longer_than_a_models_attention_chunk_is_refused():
     query = torch.zeros(1, 2, 6, 4)
     module = torch.nn.Module()
     module.config = LlamaConfig(attention_chunk_size=5)
-    attention.document_sdpa(module, query, query, query, None, documents=attention.Documents([5, 6], None))
+    attention.per_document(module, query, query, query, None, documents=attention.Documents([5, 6], None))
     with pytest.raises(ValueError, match="chunks of 5 tokens, and a document has 6: set data.max_seq_length"):
-        attention.document_sdpa(module, query, query, query, None, documents=None)
+        attention.per_document(module, query, query, query, None, documents=None)
 
 
 @pytest.mark.parametrize("key_heads", [2, 6])
@@ -93,16 +117,18 @@ def test_the_kernel_for_gpus_is_called_as_it_defines_its_arguments(monkeypatch, 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     for widths in [(8, 8, 8), (6, 6, 6), (12, 12, 5), (5, 5, 12)]:
         made = inputs(key_heads, widths)
-        wanted, _ = attention.document_sdpa(torch.nn.Module(), *made, None, sliding_window=window, documents=ROW)
-        output, _ = attention.document_varlen(torch.nn.Module(), *made, None, sliding_window=window, documents=ROW)
+        wanted, _ = attention.per_document(torch.nn.Module(), *made, None, sliding_window=window, documents=ROW)
+        output, _ = attention.per_document_varlen(torch.nn.Module(), *made, None, sliding_window=window, documents=ROW)
         torch.testing.assert_close(output, wanted)
-    with pytest.raises(ValueError, match="heads are 264 wide, and varlen's at most 256; set model.attention=sdpa"):
-        attention.document_varlen(torch.nn.Module(), *inputs(key_heads, (257, 257, 8)), None, documents=ROW)
     called.clear()
+    wide = inputs(key_heads, (257, 257, 8))  # more than the kernel takes
+    output, _ = attention.per_document_varlen(torch.nn.Module(), *wide, None, documents=ROW)
+    torch.testing.assert_close(output, attended(*wide, ENDS, None, 257**-0.5))
+    assert not called
     made = inputs(key_heads)
-    attention.document_varlen(torch.nn.Module(), *made, None, documents=ROW)
+    attention.per_document_varlen(torch.nn.Module(), *made, None, documents=ROW)
     with torch.autocast("cpu", dtype=torch.bfloat16):  # rotary embeddings hand over float32
-        attention.document_varlen(torch.nn.Module(), *made, None, documents=ROW)
+        attention.per_document_varlen(torch.nn.Module(), *made, None, documents=ROW)
     assert called[0][1:4] == (torch.int32, [0, *ENDS], 13) and called[1][0] == torch.bfloat16
 
 
@@ -110,7 +136,7 @@ def test_the_kernel_for_gpus_is_called_as_it_defines_its_arguments(monkeypatch, 
 @pytest.mark.parametrize("window", [None, 4])
 def test_on_a_gpu_both_kernels_give_the_same_output_and_gradients(window):
     results, row = [], attention.Documents(ENDS, ROW.starts.cuda())
-    for kernel in (attention.document_sdpa, attention.document_varlen):
+    for kernel in (attention.per_document, attention.per_document_varlen):
         made = [x.to("cuda", torch.bfloat16).requires_grad_() for x in inputs(2)]
         output, _ = kernel(torch.nn.Module(), *made, None, sliding_window=window, documents=row)
         output.float().square().sum().backward()

@@ -3,12 +3,15 @@
 import functools
 import json
 
+import architectures
 import pytest
 import torch
 from running import call, metrics, script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import attention
+import config
 import data
 import evaluate
 import model as modelling
@@ -139,8 +142,25 @@ def test_what_is_asked_is_the_last_turn_whether_it_is_trained_or_not():
     assert tokenizer.decode(questions[0].prompt).endswith("And Lima?<|im_end|>\n<|im_start|>assistant\n")
 
 
+@pytest.mark.parametrize("model_type", ["gpt_oss", "gptj"])
+def test_a_model_that_sdpa_does_not_fit_is_saved_opened_and_asked(tmp_path, model_type):
+    torch.manual_seed(0)
+    made = architectures.small(model_type)
+    kernel = attention.choose(config.Model(), modelling.class_of(config.Model(), made), torch.device("cpu"))
+    model = AutoModelForCausalLM.from_config(made, dtype=torch.float32, attn_implementation=kernel)
+    model.save_pretrained(tmp_path)
+    modelling.compare(tmp_path, model.state_dict())
+    opened, prompts = modelling.open_saved(tmp_path, torch.float32), [[5, 6, 7], [8, 9]]
+    answers = evaluate.generate(model, prompts, 8, [2])
+    assert answers == evaluate.generate(opened, prompts, 8, [2]) and model.config._attn_implementation == kernel
+    greedy = [*prompts[1]]
+    for _ in range(len(answers[1])):
+        greedy.append(int(opened(torch.tensor([greedy]), use_cache=False).logits[0, -1].argmax()))
+    assert greedy[2:] == answers[1] and len(answers[1]) > 2
+
+
 def test_answers_use_up_no_graphs_of_a_compiled_model(memorised):
-    model = modelling.open_saved(memorised / "model", torch.float32, "document_sdpa")
+    model = modelling.open_saved(memorised / "model", torch.float32, "per_document")
     compiled = functools.partial(torch.nn.Module.compile, backend="eager")
     for block in modelling.blocks(model):
         compiled(block, dynamic=True)

@@ -3,6 +3,7 @@ import functools
 import json
 import math
 
+import architectures
 import numpy as np
 import pytest
 import torch
@@ -50,7 +51,7 @@ def tiny_llama(tied=False):
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     made = LlamaConfig(vocab_size=64, num_key_value_heads=2, tie_word_embeddings=tied, **shape)
-    return LlamaForCausalLM._from_config(made, dtype=torch.float32, attn_implementation="document_sdpa")
+    return LlamaForCausalLM._from_config(made, dtype=torch.float32, attn_implementation="per_document")
 
 
 def gradients(rows_of_ranks, rank, world_size, examples):
@@ -161,15 +162,15 @@ def test_what_the_last_block_is_spared_changes_no_gradient_of_other_models(made)
 def test_documents_are_kept_apart_and_a_leak_is_found():
     model = tiny_llama()
     assert modelling.keeps_documents_apart(model, model.device, torch.float32)
-    model.set_attn_implementation("sdpa_leaking")
+    model.set_attn_implementation("leaking")
     assert not modelling.keeps_documents_apart(model, model.device, torch.float32)
 
 
 def leaking(module, query, key, value, attention_mask, **kwargs):
-    return attention.document_sdpa(module, query, key, value, None, **{**kwargs, "documents": None})
+    return attention.per_document(module, query, key, value, None, **{**kwargs, "documents": None})
 
 
-AttentionInterface.register("sdpa_leaking", leaking)
+AttentionInterface.register("leaking", leaking)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -178,7 +179,7 @@ def test_a_saved_model_opens_with_equal_logits(tmp_path, tied):
     model = tiny_llama(tied)
     empty = modelling.skeleton(model.config, model.generation_config, torch.float32)
     modelling.export(empty, dict(model.named_parameters()), tokenizer, [3, 5], tmp_path / "model")
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="document_sdpa")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="per_document")
     ids = torch.arange(20)[None]
     assert torch.equal(reloaded(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
     assert json.loads((tmp_path / "model/generation_config.json").read_text())["eos_token_id"] == [3, 5]
@@ -224,9 +225,40 @@ def test_more_tokens_than_learned_positions_are_refused_and_rotary_ones_are_not(
     modelling.check_positions(rotary, 33)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "packed"),
+    [("gemma2", True), ("gpt_oss", True), ("afmoe", True), ("llama4_text", True), ("gptj", True), ("mpt", False),
+     ("mamba", False), ("qwen3_5_text", False)],
+)  # fmt: skip
+def test_other_architectures_learn_in_packed_rows_what_they_learn_alone(model_type, packed):
+    loss, gradient, apart, _ = architectures.differences(architectures.small(model_type))
+    assert loss < 1e-5 and gradient < 1e-4 and apart == packed
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changed", "said"),
+    [
+        ("doge", {}, "brings its own attention_mask, which only model.attention=eager applies"),
+        ("deepseek_v32", {}, "does not take packed rows (.*); set model.attention=eager"),
+        ("bert", {}, "would give other logits than by itself .*; set model.attention=eager"),
+        ("roberta", {"attention": "eager"}, "it numbers its tokens in its own way, and cannot be trained here"),
+        ("phimoe", {}, "the last 16 tokens by its mask alone, and a document has 21: set data.max_seq_length"),
+        ("mpt", {"attention": "sdpa"}, "MptForCausalLM computes its attention itself; auto and eager leave it to that"),
+    ],
+)
+def test_a_model_that_would_learn_something_else_in_packed_rows_is_refused(model_type, changed, said):
+    with pytest.raises(ValueError, match=said):
+        architectures.differences(architectures.small(model_type), **changed)
+
+
+def test_quantized_weights_are_refused():
+    made = LlamaConfig(quantization_config={"quant_method": "mxfp4"})
+    with pytest.raises(ValueError, match=r"has quantized weights \(mxfp4\), which cannot be trained; name a copy"):
+        modelling.class_of(CFG.model, made)
+
+
 def test_looking_at_the_head_leaves_no_trace_where_it_fails(monkeypatch):
     model = tiny_llama()
     monkeypatch.setattr(model.model, "forward", lambda **_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        modelling.has_plain_head(model)
-    assert not model.lm_head._forward_hooks and model.config._attn_implementation == "document_sdpa" and model.training
+    assert not modelling.has_plain_head(model)  # the slower way is right for any head
+    assert not model.lm_head._forward_hooks and model.config._attn_implementation == "per_document" and model.training

@@ -104,7 +104,7 @@ def test_the_memory_of_fake_tensors_is_that_of_real_ones(checkpointing):
     measured = []
     for mode in (FakeTensorMode(), torch.random.fork_rng()):
         with mode:
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="document_sdpa")
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="per_document")
             settings = configuration.load(None, [f"model.activation_checkpointing={str(checkpointing).lower()}"])
             modelling.prepare_for_training(model, settings.model)
             measured.append(preview.saved_bytes(model, 300, 40, torch.bfloat16))
