@@ -75,10 +75,15 @@ def adapter_config(model, config) -> dict:
 
 
 def linear_layers(model) -> dict[str, torch.nn.Linear]:
-    """What can be adapted: all but the output layer, whose weight the loss takes by itself."""
+    """What can be adapted: all but the output layer, whose weight the loss takes by itself, and what computes something
+    of its own beside the product (as Llama 4's router)."""
     head = model.get_output_embeddings()
     return {
-        n: module for n, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and type(module).forward is torch.nn.Linear.forward
+        and module is not head
     }
 
 

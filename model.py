@@ -323,7 +323,21 @@ def parallelise(model, config, strategy: str, world_size: int, device: torch.dev
         return loss, model
     if world_size == 1:
         return loss, model
-    return DistributedDataParallel(loss, gradient_as_bucket_view=True, forward_sync_buffers=False), model
+    options = {"gradient_as_bucket_view": True, "forward_sync_buffers": False}
+    options["find_unused_parameters"] = not reaches_every_weight(loss, config, device)
+    return DistributedDataParallel(loss, **options), model
+
+
+def reaches_every_weight(loss, config, device: torch.device) -> bool:
+    """Whether each trained weight has a gradient after a row without documents: not the image tower of a model that
+    reads text alone, nor experts that no token is sent to. The same on all ranks."""
+    context = config.parallel.context
+    row = data.collate(None, [], device, dist.get_rank() % context, context)
+    with precision(config, "ddp", device):
+        loss(row).backward()
+    reached = all(p.grad is not None for p in loss.parameters() if p.requires_grad)
+    loss.zero_grad(set_to_none=True)
+    return ranks.from_rank_0(reached)
 
 
 def follow_rank_0(model) -> tuple[bool, dict[str, str]]:
@@ -377,6 +391,23 @@ def precision(config, strategy: str, device: torch.device):
     if strategy == "fsdp" or config.model.dtype == "float32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=compute_dtype(config))
+
+
+def grouped_mm_in_autocast(kind: str):
+    """The product of the experts of a mixture, in autocast's dtype as every other product there: torch leaves it out,
+    and it would be computed in the float32 of the weights."""
+
+    def grouped_mm(a, b, offs=None, bias=None, out_dtype=None):
+        dtype = torch.get_autocast_dtype(kind)
+        with torch.autocast(kind, enabled=False):
+            return torch.ops.aten._grouped_mm(a.to(dtype), b.to(dtype), offs, bias, out_dtype)
+
+    return grouped_mm
+
+
+AUTOCAST = torch.library.Library("aten", "IMPL")  # (as long as it lives)
+AUTOCAST.impl("_grouped_mm", grouped_mm_in_autocast("cpu"), "AutocastCPU")
+AUTOCAST.impl("_grouped_mm", grouped_mm_in_autocast("cuda"), "AutocastCUDA")
 
 
 # ---- loss and optimizer ----------------------------------------------------------------------------------------------

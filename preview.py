@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 
 import attention
 import checkpoint
@@ -126,9 +127,14 @@ def preview(cfg, options, report: dict, samples: list):
     here = torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else 80
     with problem(report):
         longest = [int(examples.lengths.max()) for examples in sets.values()] or [0]
-        report["memory"] = memory(cfg, tokenizer, report["world_size"], options.gpu_memory or here, row, longest)
-        if report["memory"]["total_gib"] > report["memory"]["gpu_gib"]:
-            raise ValueError(too_large(cfg, report["memory"]))
+        try:
+            report["memory"] = memory(cfg, tokenizer, report["world_size"], options.gpu_memory or here, row, longest)
+        except (RuntimeError, AttributeError, TypeError) as error:  # tensors without numbers are not enough for all models
+            reason = " ".join(str(error).split())[:200]
+            report["notes"].append(f"the memory that {cfg.model.name} needs cannot be told in advance: {reason}")
+        else:
+            if report["memory"]["total_gib"] > report["memory"]["gpu_gib"]:
+                raise ValueError(too_large(cfg, report["memory"]))
     report["notes"] += notes(cfg, report)
 
 
@@ -326,7 +332,7 @@ def memory(cfg, tokenizer, world_size: int, gpu_gib: float, row: dict, longest: 
     implementation = attention.choose(cfg.model, modelling.class_of(cfg.model, model_config), torch.device("cuda"))
     if implementation == "per_document_varlen":
         implementation = "per_document"  # keeps the same tensors, and runs without a GPU
-    with FakeTensorMode():
+    with FakeTensorMode(), no_init_weights():  # some look at the numbers that they draw
         base_dtype = modelling.base_dtype(cfg.model)
         model = AutoModelForCausalLM.from_config(model_config, dtype=base_dtype, attn_implementation=implementation)
         modelling.check_vocabulary(model, tokenizer)

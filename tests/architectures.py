@@ -53,7 +53,9 @@ def small(model_type: str):
     kind = CONFIG_MAPPING[model_type]
     whole = kind()
     if getattr(whole, "text_config", None) is not None:
-        return kind(text_config=small_one(type(whole.text_config)).to_dict())
+        tower = getattr(whole, "vision_config", None)
+        towers = {} if tower is None else {"vision_config": small_one(type(tower)).to_dict()}
+        return kind(text_config=small_one(type(whole.text_config)).to_dict(), **towers)
     return small_one(kind)
 
 

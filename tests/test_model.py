@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
@@ -223,6 +224,43 @@ def test_more_tokens_than_learned_positions_are_refused_and_rotary_ones_are_not(
     rotary = tiny_llama()
     rotary.config.max_position_embeddings = 32
     modelling.check_positions(rotary, 33)
+
+
+def with_unused_weights(world_size, rank):
+    """Gradients of two steps of a model with an image tower, of which text alone is trained."""
+    model = architectures.random_model(architectures.small("gemma3"), "per_document")
+    parallel, model = modelling.parallelise(model, CFG, "ddp", world_size, CPU)
+    rows, sums = ([[0, 1, 2, 3]] if world_size == 1 else [[[0, 1]], [[2, 3]]][rank]), []
+    for _ in range(2):
+        collate = functools.partial(data.collate, architectures.documents())
+        train_sft.forward_backward(parallel, rows, collate, contextlib.nullcontext(), world_size)
+        sums.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        model.zero_grad(set_to_none=True)
+    unused = {name for name, p in model.named_parameters() if "vision_tower" in name or "projector" in name}
+    assert len(sums[0]) == sum(p.numel() for name, p in model.named_parameters() if name not in unused)
+    return torch.stack(sums)
+
+
+def one_rank_with_unused_weights(rank, path):
+    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
+    torch.save(with_unused_weights(2, rank), f"{path}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_train_a_model_with_weights_that_text_does_not_reach(tmp_path):
+    torch.multiprocessing.spawn(one_rank_with_unused_weights, (str(tmp_path),), 2)
+    alone = with_unused_weights(1, 0)
+    for rank in range(2):
+        assert (torch.load(tmp_path / f"{rank}.pt") - alone).norm() / alone.norm() < 1e-6
+
+
+def test_experts_are_computed_in_the_dtype_of_the_run():
+    x, w, ends = torch.randn(8, 16), torch.randn(2, 16, 32), torch.tensor([3, 8], dtype=torch.int32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        made = F.grouped_mm(x, w, offs=ends)
+    assert made.dtype == torch.bfloat16 and F.grouped_mm(x, w, offs=ends).dtype == torch.float32
+    wanted = torch.cat([x[:3].bfloat16() @ w[0].bfloat16(), x[3:].bfloat16() @ w[1].bfloat16()])
+    torch.testing.assert_close(made, wanted)
 
 
 @pytest.mark.parametrize(
