@@ -249,6 +249,10 @@ def evaluate(options):
         figures = score(questions, answers, names)
         counts = collections.Counter(question.dataset for question in questions)
         print(f"{name}: {', '.join(f'{counts[k]:,} questions of {names[k]}' for k in sorted(counts))}")
+        if not split_of_the_run(options.model, cfg.data):
+            print(
+                "The model was trained with other data.args: it may have been trained on some of these conversations."
+            )
         print("\n".join(f"{figure} {100 * value:.2f} %" for figure, value in figures.items()))
         if options.output:
             write_answers(Path(options.output), names, places, tokenizer, questions, answers)
@@ -267,12 +271,26 @@ def check_output(name: str | None):
         raise ValueError(f"--output {name}: the folder {path.absolute().parent} is not there or cannot be written to")
 
 
+def config_of_run(model: str) -> Path | None:
+    """The configuration of the run that a model is of."""
+    folders = [Path(model), *Path(model).absolute().parents][:4]  # of a run, its model/, a checkpoint and its model/
+    return next((folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()), None)
+
+
+def split_of_the_run(model: str, asked) -> bool:
+    """Whether the run of the model split the data as `asked`, a `config.Data`, does; True where that is not known."""
+    try:
+        trained = configuration.load(str(config_of_run(model)), []).data  # (None is no file)
+    except ValueError:
+        return True
+    return trained.dataset != asked.dataset or trained.args == asked.args
+
+
 def with_config_of(model: str, arguments: list[str]) -> list[str]:
     """The command line, with the run's own configuration where it names none."""
     if any("=" not in argument for argument in arguments):
         return arguments
-    folders = [Path(model), *Path(model).absolute().parents][:4]  # of a run, its model/, a checkpoint and its model/
-    found = next((folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()), None)
+    found = config_of_run(model)
     if found is None:
         raise ValueError(
             f"{model} is in no run's output_dir: name a configuration for the data, such as configs/squad.yaml"

@@ -129,7 +129,7 @@ def preview(cfg, options, report: dict, samples: list):
         longest = [int(examples.lengths.max()) for examples in sets.values()] or [0]
         try:
             report["memory"] = memory(cfg, tokenizer, report["world_size"], options.gpu_memory or here, row, longest)
-        except (RuntimeError, AttributeError, TypeError) as error:  # tensors without numbers are not enough for all models
+        except (RuntimeError, AttributeError, TypeError) as error:  # tensors without numbers are too little for some
             reason = " ".join(str(error).split())[:200]
             report["notes"].append(f"the memory that {cfg.model.name} needs cannot be told in advance: {reason}")
         else:

@@ -50,10 +50,15 @@ def test_scores_are_means_over_all_and_over_each_dataset():
 
 def test_the_command_gives_the_same_scores_on_one_process_two_and_sharded(memorised, tmp_path):
     outputs = []
-    for name, processes, override in [("one", 1, []), ("two", 2, []), ("fsdp", 2, ["parallel.strategy=fsdp"])]:
+    for name, processes, override in [
+        ("one", 1, []),
+        ("two", 2, ["data.args.seed=1"]),
+        ("fsdp", 2, ["parallel.strategy=fsdp"]),
+    ]:
         arguments = [memorised, *override, "--batch-size", 1, "--output", tmp_path / name]
         said, _ = script("evaluate.py", *arguments, processes=processes)
         assert "4 questions of chats" in said and "exact_match 50.00 %\nf1 83.33 %" in said
+        assert ("may have been trained on some of these" in said) == (override == ["data.args.seed=1"])
         outputs.append((tmp_path / name).read_text())
     assert outputs[0] == outputs[1] == outputs[2]
     lines = [json.loads(line) for line in outputs[0].splitlines()]
