@@ -6,6 +6,7 @@ import math
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 import packing
@@ -96,9 +97,7 @@ def refuse_unknown(module, others: dict, longest: int):
     """Raises ValueError where a model asks for more than causal attention of documents of up to `longest` tokens."""
     config = getattr(module, "config", None)
     chunk, window = (getattr(config, name, None) for name in ("attention_chunk_size", "sliding_window"))
-    kinds = getattr(config, "layer_types", None)  # None: all layers are alike
-    in_window = kinds is None or kinds[module.layer_idx] == "sliding_attention"
-    if window and in_window and others["sliding_window"] is None and longest > window:
+    if window and others["sliding_window"] is None and longest > window and is_in_window(module, config):
         raise ValueError(
             f"{type(module).__name__} attends to the last {window:,} tokens by its mask alone, and a document has "
             f"{longest:,}: set data.max_seq_length to as many, or model.attention=eager"
@@ -113,11 +112,17 @@ def refuse_unknown(module, others: dict, longest: int):
             raise ValueError(f"{type(module).__name__} brings its own {name}, which only model.attention=eager applies")
 
 
+def is_in_window(module, config) -> bool:
+    """Whether a layer of a model that has a window attends to no more than that."""
+    kinds = getattr(config, "layer_types", None)  # None: all layers are alike
+    return kinds is None or kinds[module.layer_idx] == "sliding_attention"
+
+
 # ---- kernels: (1, heads, tokens, head_dim) to (1, tokens, heads, head_dim) -------------------------------------------
 
 
 def sdpa(query, key, value, documents: Documents, scale: float, dropout: float, window: int | None):
-    if query.is_cuda and (query.dtype == torch.float32 or window):
+    if query.is_cuda and (query.dtype == torch.float32 or window or max(query.shape[3], value.shape[3]) > 256):
         # there SDPA's fast kernels want as many key heads, and the slow one keeps a matrix of all scores
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     outputs = []
@@ -140,12 +145,13 @@ def seen(length: int, window: int | None, device) -> torch.Tensor:
 def scores(
     query, key, value, documents: Documents, scale: float, dropout: float, window: int | None, softcap, sinks
 ) -> torch.Tensor:
-    """What the other kernels do not compute, with the scores of one document at a time in memory. `softcap`: where
-    scores end, as softcap tanh(score / softcap) (Gemma 2, arXiv:2408.00118); `sinks` (heads,): the score of no key at
-    all, which takes its share of each query's weights (gpt-oss, arXiv:2508.10925)."""
+    """What the other kernels do not compute. `softcap`: where scores end, as softcap tanh(score / softcap) (Gemma 2,
+    arXiv:2408.00118); `sinks` (heads,): the score of no key at all, which takes its share of each query's weights
+    (gpt-oss, arXiv:2508.10925). The backward pass computes the scores again, so that those of one document at a time
+    are in memory."""
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    outputs = []
-    for q, k, v in zip(*(x.split(documents.lengths, dim=2) for x in (query, key, value)), strict=True):
+
+    def attended(q, k, v):
         of_keys = (q @ k.transpose(2, 3)).float() * scale  # (1, heads, length, length)
         if softcap:
             of_keys = softcap * (of_keys / softcap).tanh()
@@ -154,8 +160,10 @@ def scores(
             of_nothing = sinks.float()[None, :, None, None].expand(-1, -1, q.shape[2], 1)
             of_keys = torch.cat([of_keys, of_nothing], dim=3)  # (1, heads, length, length + 1)
         weights = F.dropout(of_keys.softmax(3)[..., : q.shape[2]], dropout).to(v.dtype)
-        outputs.append((weights @ v).transpose(1, 2))  # (1, length, heads, head_dim)
-    return torch.cat(outputs, dim=1)
+        return (weights @ v).transpose(1, 2)  # (1, length, heads, head_dim)
+
+    parts = zip(*(x.split(documents.lengths, dim=2) for x in (query, key, value)), strict=True)
+    return torch.cat([checkpoint(attended, q, k, v, use_reentrant=False) for q, k, v in parts], dim=1)
 
 
 def varlen(query, key, value, documents: Documents, scale: float, dropout: float, window: int | None):

@@ -351,7 +351,7 @@ def memory(cfg, tokenizer, world_size: int, gpu_gib: float, row: dict, longest: 
         if sharded:  # FSDP casts the weights, elsewhere autocast does
             model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=implementation)
             modelling.prepare_for_training(model, cfg.model)
-        activations = saved_bytes(model, tokens, supervised, None if sharded else dtype)
+        activations = saved_bytes(model, tokens, supervised, max(longest), None if sharded else dtype)
 
     shards = modelling.mesh_shape(cfg.parallel.replicas, world_size)[1] if sharded else 1
     held = 0 if sharded and cfg.parallel.cpu_offload else 1
@@ -387,8 +387,9 @@ def counts(module) -> tuple[int, int]:
     return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
 
 
-def saved_bytes(model, tokens: int, supervised: int, autocast: torch.dtype | None) -> int:
-    """Bytes that the forward pass of one row keeps for the backward pass, without the weights themselves."""
+def saved_bytes(model, tokens: int, supervised: int, longest: int, autocast: torch.dtype | None) -> int:
+    """Bytes that the forward pass of one row keeps for the backward pass, without the weights themselves. `longest`:
+    tokens of the longest document."""
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     kept = {}  # by storage: views share one; the tensor is held so that no other gets its address
 
@@ -405,7 +406,10 @@ def saved_bytes(model, tokens: int, supervised: int, autocast: torch.dtype | Non
         torch.autocast("cpu", dtype=autocast) if cast else contextlib.nullcontext(),
     ):
         positions = torch.zeros(max(1, supervised), dtype=torch.long)
-        batch = {"input_ids": ids, "position_ids": ids, "documents": None, "positions": positions, "targets": positions}
+        ends = [*range(longest, tokens, longest), tokens] if longest else [tokens]
+        documents = attention.Documents(ends, torch.tensor([0, *ends], dtype=torch.int32))
+        batch = {"input_ids": ids, "position_ids": ids, "documents": documents}
+        batch |= {"positions": positions, "targets": positions}
         modelling.PackedLoss(model, plain_head=True)(batch)
     return sum(count for count, _ in kept.values())
 

@@ -54,6 +54,15 @@ def test_scores_are_capped_and_sinks_take_their_share(kernel, more, window):
     assert not torch.allclose(output, attended(*made, ENDS, window), atol=1e-3) and output.is_contiguous()
 
 
+def test_no_capped_scores_are_kept_for_the_backward_pass():
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape[-2:]) or x, lambda x: x):
+        made = [x.requires_grad_() for x in inputs(2)]
+        attention.per_document(torch.nn.Module(), *made, None, documents=ROW, softcap=0.5, s_aux=SINKS)
+    longest = max(ROW.lengths)
+    assert kept and (longest, longest) not in kept and (longest, longest + 1) not in kept
+
+
 # key heads, window, sinks
 CASES = [(1, None, None), (2, None, None), (2, 4, None), (6, None, None), (2, None, SINKS)]
 

@@ -278,8 +278,9 @@ def test_other_architectures_learn_in_packed_rows_what_they_learn_alone(model_ty
     [
         ("doge", {}, "brings its own attention_mask, which only model.attention=eager applies"),
         ("deepseek_v32", {}, "does not take packed rows (.*); set model.attention=eager"),
-        ("bert", {}, "would give other logits than by itself .*; set model.attention=eager"),
-        ("roberta", {"attention": "eager"}, "it numbers its tokens in its own way, and cannot be trained here"),
+        ("bert", {}, "its tokens see those that come later: no causal language model"),
+        ("bert", {"attention": "eager"}, "its tokens see those that come later: no causal language model"),
+        ("roberta", {}, "its tokens see"),
         ("phimoe", {}, "the last 16 tokens by its mask alone, and a document has 21: set data.max_seq_length"),
         ("mpt", {"attention": "sdpa"}, "MptForCausalLM computes its attention itself; auto and eager leave it to that"),
     ],
@@ -287,6 +288,14 @@ def test_other_architectures_learn_in_packed_rows_what_they_learn_alone(model_ty
 def test_a_model_that_would_learn_something_else_in_packed_rows_is_refused(model_type, changed, said):
     with pytest.raises(ValueError, match=said):
         architectures.differences(architectures.small(model_type), **changed)
+
+
+def test_a_model_that_numbers_its_tokens_in_its_own_way_is_refused():
+    made = architectures.small("roberta")
+    made.is_decoder = True
+    for attention_asked, said in [("auto", "set model.attention=eager"), ("eager", "it numbers its tokens in its own")]:
+        with pytest.raises(ValueError, match=f"other logits than by itself .*; {said}"):
+            architectures.differences(made, attention=attention_asked)
 
 
 def test_quantized_weights_are_refused():
