@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 from tqdm import tqdm
@@ -24,6 +25,9 @@ class Tracker:
         if config.tensorboard.enabled:
             from torch.utils.tensorboard import SummaryWriter
 
+            # it reads its files in the order of their names, which begin with the second of the start, then the process
+            while [*(output_dir / "tensorboard").glob(f"events.out.tfevents.{int(time.time())}.*")]:
+                time.sleep(0.1)
             self.tensorboard = SummaryWriter(str(output_dir / "tensorboard"), purge_step=start + 1 if start else 0)
             self.tensorboard.add_text("config", f"```yaml\n{config_text}```", start)
         if config.wandb.enabled:
