@@ -125,15 +125,21 @@ def sdpa(query, key, value, documents: Documents, scale: float, dropout: float, 
     if query.is_cuda and (query.dtype == torch.float32 or window or max(query.shape[3], value.shape[3]) > 256):
         # there SDPA's fast kernels want as many key heads, and the slow one keeps a matrix of all scores
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    outputs = []
-    # (split: the gradient of slices would be a whole row of zeros for each document)
-    for q, k, v in zip(*(x.split(documents.lengths, dim=2) for x in (query, key, value)), strict=True):
+
+    def attended(q, k, v):
         length = q.shape[2]  # q (1, heads, length, head_dim)
         mask = None if window is None or length <= window else seen(length, window, q.device)
         options = {"attn_mask": mask, "is_causal": mask is None, "dropout_p": dropout, "scale": scale}
         output = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **options)
-        outputs.append(output.transpose(1, 2))  # (1, length, heads, head_dim)
-    return torch.cat(outputs, dim=1)
+        return output.transpose(1, 2)  # (1, length, heads, head_dim)
+
+    return of_each_document(attended, query, key, value, documents)
+
+
+def of_each_document(attended, query, key, value, documents: Documents) -> torch.Tensor:
+    # (split: the gradient of slices would be a whole row of zeros for each document)
+    parts = zip(*(x.split(documents.lengths, dim=2) for x in (query, key, value)), strict=True)
+    return torch.cat([attended(q, k, v) for q, k, v in parts], dim=1)
 
 
 def seen(length: int, window: int | None, device) -> torch.Tensor:
@@ -162,8 +168,8 @@ def scores(
         weights = F.dropout(of_keys.softmax(3)[..., : q.shape[2]], dropout).to(v.dtype)
         return (weights @ v).transpose(1, 2)  # (1, length, heads, head_dim)
 
-    parts = zip(*(x.split(documents.lengths, dim=2) for x in (query, key, value)), strict=True)
-    return torch.cat([checkpoint(attended, q, k, v, use_reentrant=False) for q, k, v in parts], dim=1)
+    again = functools.partial(checkpoint, attended, use_reentrant=False)
+    return of_each_document(again, query, key, value, documents)
 
 
 def varlen(query, key, value, documents: Documents, scale: float, dropout: float, window: int | None):

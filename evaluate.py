@@ -279,9 +279,10 @@ def config_of_run(model: str) -> Path | None:
 
 def split_of_the_run(model: str, asked) -> bool:
     """Whether the run of the model split the data as `asked`, a `config.Data`, does; True where that is not known."""
+    found = config_of_run(model)
     try:
-        trained = configuration.load(str(config_of_run(model)), []).data  # (None is no file)
-    except ValueError:
+        trained = configuration.load(str(found), []).data if found else asked
+    except ValueError:  # another program's config.yaml
         return True
     return trained.dataset != asked.dataset or trained.args == asked.args
 

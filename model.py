@@ -334,9 +334,11 @@ def parallelise(model, config, strategy: str, world_size: int, device: torch.dev
         return loss, model
     if world_size == 1:
         return loss, model
-    options = {"gradient_as_bucket_view": True, "forward_sync_buffers": False}
-    options["find_unused_parameters"] = not reaches_every_weight(loss, config, device)
-    return DistributedDataParallel(loss, **options), model
+    unused = not reaches_every_weight(loss, config, device)
+    parallel = DistributedDataParallel(
+        loss, gradient_as_bucket_view=True, forward_sync_buffers=False, find_unused_parameters=unused
+    )
+    return parallel, model
 
 
 def reaches_every_weight(loss, config, device: torch.device) -> bool:

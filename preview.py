@@ -351,7 +351,7 @@ def memory(cfg, tokenizer, world_size: int, gpu_gib: float, row: dict, longest: 
         if sharded:  # FSDP casts the weights, elsewhere autocast does
             model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=implementation)
             modelling.prepare_for_training(model, cfg.model)
-        activations = saved_bytes(model, tokens, supervised, max(longest), None if sharded else dtype)
+        activations = saved_bytes(model, tokens, supervised, max(longest) or tokens, None if sharded else dtype)
 
     shards = modelling.mesh_shape(cfg.parallel.replicas, world_size)[1] if sharded else 1
     held = 0 if sharded and cfg.parallel.cpu_offload else 1
@@ -406,7 +406,7 @@ def saved_bytes(model, tokens: int, supervised: int, longest: int, autocast: tor
         torch.autocast("cpu", dtype=autocast) if cast else contextlib.nullcontext(),
     ):
         positions = torch.zeros(max(1, supervised), dtype=torch.long)
-        ends = [*range(longest, tokens, longest), tokens] if longest else [tokens]
+        ends = [*range(longest, tokens, longest), tokens]
         documents = attention.Documents(ends, torch.tensor([0, *ends], dtype=torch.int32))
         batch = {"input_ids": ids, "position_ids": ids, "documents": documents}
         batch |= {"positions": positions, "targets": positions}

@@ -475,10 +475,10 @@ def load_model(cfg, device, prepared: Prepared):
     torch.manual_seed(cfg.seed)
     model = outline if strategy == "fsdp" and rank > 0 else modelling.load(cfg.model, device)
     sets = [split for split in (prepared.train_set, prepared.validation_set) if split]
-    if rank == 0:
-        modelling.check_attention(model, cfg.model)
     modelling.check_vocabulary(model, prepared.tokenizer)
     modelling.check_positions(model, *(int(split.lengths.max()) for split in sets))
+    if rank == 0:
+        modelling.check_attention(model, cfg.model)
     return model, strategy
 
 

@@ -55,7 +55,7 @@ def tiny_llama(tied=False):
     return LlamaForCausalLM._from_config(made, dtype=torch.float32, attn_implementation="per_document")
 
 
-def gradients(rows_of_ranks, rank, world_size, examples):
+def gradients(rank, world_size, rows_of_ranks, examples):
     model = tiny_llama()
     loss = modelling.PackedLoss(model, plain_head=True)
     parallel = DistributedDataParallel(loss) if world_size > 1 else loss
@@ -64,9 +64,9 @@ def gradients(rows_of_ranks, rank, world_size, examples):
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-def one_rank(rank, path, rows_of_ranks, examples):
+def one_rank(rank, path, compute, *arguments):
     dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
-    torch.save(gradients(rows_of_ranks, rank, 2, examples), f"{path}/{rank}.pt")
+    torch.save(compute(rank, 2, *arguments), f"{path}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -77,8 +77,8 @@ def one_rank(rank, path, rows_of_ranks, examples):
 )
 def test_two_ranks_give_the_gradient_of_one_process(tmp_path, rows_of_ranks):
     examples = Examples([40, 9, 23], [31, 2, 1])
-    torch.multiprocessing.spawn(one_rank, (tmp_path, rows_of_ranks, examples), nprocs=2)
-    single = gradients([[[0, 1, 2]]], 0, 1, examples)
+    torch.multiprocessing.spawn(one_rank, (tmp_path, gradients, rows_of_ranks, examples), nprocs=2)
+    single = gradients(0, 1, [[[0, 1, 2]]], examples)
     for rank in range(2):
         two = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert torch.isfinite(two).all()
@@ -226,7 +226,7 @@ def test_more_tokens_than_learned_positions_are_refused_and_rotary_ones_are_not(
     modelling.check_positions(rotary, 33)
 
 
-def with_unused_weights(world_size, rank):
+def with_unused_weights(rank, world_size):
     """Gradients of two steps of a model with an image tower, of which text alone is trained."""
     model = architectures.random_model(architectures.small("gemma3"), "per_document")
     parallel, model = modelling.parallelise(model, CFG, "ddp", world_size, CPU)
@@ -241,15 +241,9 @@ def with_unused_weights(world_size, rank):
     return torch.stack(sums)
 
 
-def one_rank_with_unused_weights(rank, path):
-    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
-    torch.save(with_unused_weights(2, rank), f"{path}/{rank}.pt")
-    dist.destroy_process_group()
-
-
 def test_ranks_train_a_model_with_weights_that_text_does_not_reach(tmp_path):
-    torch.multiprocessing.spawn(one_rank_with_unused_weights, (str(tmp_path),), 2)
-    alone = with_unused_weights(1, 0)
+    torch.multiprocessing.spawn(one_rank, (str(tmp_path), with_unused_weights), 2)
+    alone = with_unused_weights(0, 1)
     for rank in range(2):
         assert (torch.load(tmp_path / f"{rank}.pt") - alone).norm() / alone.norm() < 1e-6
 

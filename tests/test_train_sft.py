@@ -131,7 +131,7 @@ def test_stopped_at_every_step_of_two_epochs_it_ends_with_the_same_weights(tmp_p
 def test_killed_at_random_moments_and_changes_of_files_it_ends_with_the_same_weights(tmp_path, two_epochs):
     arguments, undisturbed = two_epochs
     random, kills, out = Random(0), 0, tmp_path / "out0"
-    while kills < 14 or (out / "status.json").exists():
+    while kills < 20 or (out / "status.json").exists():
         by_time = random.random() < 0.5
         pid = start_in_fork(arguments, out, kill_at_event=None if by_time else random.randrange(1, 150))
         if by_time:
@@ -153,7 +153,7 @@ def test_a_run_goes_on_with_other_numbers_of_processes_and_sharded_or_not_to_equ
     arguments = [*arguments, f"output_dir={out}"]
     run(out, *arguments, processes=2, fault="1:2:SIGUSR1")
     run(out, *arguments, processes=1, fault="0:1:STOP")
-    run(out, *arguments, "parallel.strategy=fsdp", processes=2, fault="1:1:SIGTERM")
+    run(out, *arguments, "parallel.strategy=fsdp", processes=4, fault="3:1:SIGTERM")
     run(out, *arguments, "parallel.strategy=fsdp", "parallel.replicas=2", processes=4, fault="0:1:STOP")
     run(out, *arguments, "train.max_tokens_per_micro_batch=100", processes=2)
     for name in ("train/loss", "train/grad_norm", "val/loss"):
