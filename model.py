@@ -70,7 +70,8 @@ def load(config, device: torch.device, outline: bool = False) -> torch.nn.Module
             with torch.device("meta" if outline else "cpu"):
                 model = AutoModelForCausalLM.from_config(model_config, **options)
         else:
-            model = AutoModelForCausalLM.from_pretrained(config.name, revision=config.revision, **options)
+            options |= {"config": model_config, "revision": config.revision}
+            model = AutoModelForCausalLM.from_pretrained(config.name, **options)
     if not (config.from_scratch or outline):
         head, tied = model.get_output_embeddings(), model.config.get_text_config().tie_word_embeddings
         if tied and head is not None and head.weight is not model.get_input_embeddings().weight:
@@ -146,12 +147,12 @@ def check_positions(model, *lengths: int):
 
 
 @contextlib.contextmanager
-def answering(model, implementation: str):
-    """In eval mode, with another attention, for a while."""
+def answering(model, implementation: str | None = None):
+    """In eval mode, and with another attention, for a while; None: with its own."""
     own, was_training = model.config._attn_implementation, model.training
     model.eval()
     try:
-        model.set_attn_implementation(implementation)
+        model.set_attn_implementation(implementation or own)
         yield
     finally:
         model.set_attn_implementation(own)
@@ -200,7 +201,6 @@ def check_attention(model, config):
 def keeps_documents_apart(model, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether each document of a packed row gets the logits that it gets alone, whatever stands beside it: measured on
     the loaded model, which computes in `dtype` on `device`. Every rank of a sharded model has to call it."""
-    model.eval()
     vocabulary = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
     first, second, third, other_first, other_third = (
@@ -216,10 +216,10 @@ def keeps_documents_apart(model, device: torch.device, dtype: torch.dtype) -> bo
         at = 0 if len(documents) == 1 else 7
         return logits[at : at + 12]  # (12, vocabulary)
 
-    alone = logits_of_second(second)
-    packed = logits_of_second(first, second, third)
-    beside_others = logits_of_second(other_first, second, other_third)
-    model.train()
+    with answering(model):
+        alone = logits_of_second(second)
+        packed = logits_of_second(first, second, third)
+        beside_others = logits_of_second(other_first, second, other_third)
     scale = alone.abs().max().clamp(min=1e-3)
     rounding = 1e-4 if dtype == torch.float32 else 0.1  # (rows of other lengths may take other kernels)
     return bool(
@@ -231,16 +231,17 @@ def keeps_documents_apart(model, device: torch.device, dtype: torch.dtype) -> bo
 @torch.no_grad()
 def check_shared_row(model, device: torch.device, group, dtype: torch.dtype):
     """Raises ValueError unless the ranks that share a row get the logits that one alone gets: measured, as above."""
-    model.eval()
     rank, size, tokens = dist.get_rank(group), dist.get_world_size(group), 40
     vocabulary, generator = model.get_input_embeddings().num_embeddings, torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (1, tokens), generator=generator).to(device)
     positions, mine = torch.arange(tokens, device=device)[None], packing.slice_of(tokens, rank, size)
-    whole = model(ids, position_ids=positions, use_cache=False).logits[:, mine].float()  # (1, my tokens, vocabulary)
     starts = torch.tensor([0, tokens], dtype=torch.int32, device=device)
     shared = {"documents": attention.Documents([tokens], starts), "context_group": group}
-    part = model(ids[:, mine], position_ids=positions[:, mine], **shared, use_cache=False).logits.float()
-    model.train()
+    with answering(model):
+        whole = (
+            model(ids, position_ids=positions, use_cache=False).logits[:, mine].float()
+        )  # (1, my tokens, vocabulary)
+        part = model(ids[:, mine], position_ids=positions[:, mine], **shared, use_cache=False).logits.float()
     off = (part - whole).abs().max() / whole.abs().max()
     dist.all_reduce(off, dist.ReduceOp.MAX)
     if not off <= (1e-4 if dtype == torch.float32 else 0.1):

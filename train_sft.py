@@ -404,14 +404,14 @@ def train(cfg, device, prepared: Prepared, folder: Path | None, watchdog, began:
         losses = forward_backward(
             parallel_model, rows, functools.partial(collate, train_set), autocast, world_size / supervised, watchdog.at
         )
-        grad_norm = clip(model, cfg.train.clip_grad_norm)
+        norm = clip(model, cfg.train.clip_grad_norm)
 
         watchdog.at("summing up")
         reason = (
             watchdog.asked[0] if watchdog.asked else stop_reason(cfg, output_dir, began, 2 * slowest + writer.slowest)
         )
         total, stops = ranks.all_sum(torch.stack([losses.sum(), losses.new_tensor(float(reason is not None))])).tolist()
-        step_loss = total / supervised
+        step_loss, grad_norm = total / supervised, float(norm)
         if not (math.isfinite(step_loss) and math.isfinite(grad_norm)):
             name_the_broken(step, step_loss, grad_norm, rows, losses, train_set)
         for group in optimizer.param_groups:
@@ -497,8 +497,9 @@ def forward_backward(parallel_model, rows, collate, autocast, scale: float, note
     return torch.stack(losses)
 
 
-def clip(model, max_norm: float | None) -> float:
-    """The norm of all gradients before clipping, over all ranks; they are clipped where `max_norm` is set."""
+def clip(model, max_norm: float | None) -> torch.Tensor:
+    """The norm of all gradients before clipping, over all ranks, float64 (); they are clipped where `max_norm` is set.
+    (A tensor: the loop waits for the GPU once a step.)"""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     mesh = getattr(gradients[0], "device_mesh", None)
     if mesh is not None:
@@ -510,7 +511,7 @@ def clip(model, max_norm: float | None) -> float:
     norm = squares.sqrt()
     if max_norm is not None:
         torch._foreach_mul_(gradients, (max_norm / norm).clamp(max=1.0).float())
-    return float(norm)
+    return norm
 
 
 def name_the_broken(step, loss, grad_norm, rows, losses, train_set):

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     AttentionInterface,
@@ -97,6 +98,23 @@ def test_the_loss_of_a_packed_row_is_the_sum_of_its_documents_losses():
         plain += model(ids, labels=labels).loss.item() * int((labels[:, 1:] != -100).sum())
     assert float(packed) == pytest.approx(float(separate), rel=1e-6)
     assert float(packed) == pytest.approx(plain, rel=1e-6)
+
+
+@pytest.mark.parametrize("kernel", ["per_document", "per_document_varlen"])
+def test_a_step_waits_for_no_number_of_the_gpu(kernel):
+    """Fake tensors have no numbers, and raise where one is asked for. (The kernel for GPUs has a fake of its own.)"""
+    examples = Examples([40, 9, 23], [31, 2, 1])
+    with FakeTensorMode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        model = tiny_llama()
+        model.set_attn_implementation(kernel)
+        loss, optimizer = modelling.PackedLoss(model, plain_head=True), modelling.make_optimizer(model, CFG.train)
+        collate = functools.partial(data.collate, examples)
+        losses = train_sft.forward_backward(loss, [[0, 1], [2], []], collate, contextlib.nullcontext(), 0.1)
+        norm = train_sft.clip(model, 1.0)
+        optimizer.step()
+        for unknown in (losses[0], norm):
+            with pytest.raises(DataDependentOutputException):
+                float(unknown)
 
 
 @pytest.mark.parametrize("tied", [True, False])
