@@ -112,8 +112,9 @@ class MetadataReader(pickle.Unpickler):
 
     ALLOWED = {
         "torch.distributed.checkpoint.metadata": (
-            "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
-            "_MEM_FORMAT_ENCODING", "MetadataIndex", "StorageMeta",
+            # (not BytesStorageMetadata: torch unpickles what it describes, whatever that is)
+            "Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING",
+            "MetadataIndex", "StorageMeta",
         ),
         "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
         "torch.serialization": ("_get_layout",),
@@ -164,13 +165,17 @@ def where_to_start(config: dict) -> tuple[Path | None, bool]:
     """
     name = config["output_dir"]
     output_dir = Path(name)
-    ours = (".lock", "STOP")  # what may be there before a run is; and what was being written when it was killed
+    ours = (
+        ".lock",
+        "STOP",
+    )  # may be there before a run is (and .tmp, where one was killed while it wrote its first file)
     if not output_dir.exists() or all(p.name in ours or p.name.endswith(".tmp") for p in output_dir.iterdir()):
         return None, False
     if not (output_dir / "config.yaml").is_file():
         raise ValueError(f"output_dir = {name!r} is not empty and holds no run; name another folder")
-    if read_state(output_dir) == "failed" and not find(output_dir) and not has_trained(output_dir):
-        return None, False  # a run that failed before its first step has nothing to lose
+    kept = find(output_dir) or has_trained(output_dir) or (output_dir / "model").exists()
+    if read_state(output_dir) and not kept:
+        return None, False  # a run that ended before its first step has nothing to lose
     if config["checkpoint"]["resume"] == "never":
         raise ValueError(f"output_dir = {name!r} holds a run already, and checkpoint.resume is never")
     old = configuration.to_dict(configuration.load(str(output_dir / "config.yaml"), []))

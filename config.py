@@ -188,15 +188,16 @@ def load(path: str | None, overrides: list[str]) -> Config:
         assign(config, tree or {}, f"{path}: ")
     for override in overrides:
         name, equals, text = override.partition("=")
-        if not equals or not name:
+        parts = name.split(".")
+        if not equals or not all(parts):
             raise ValueError(f"{override!r} is not an override: write KEY=VALUE, such as train.learning_rate=1e-5")
         try:
             value = yaml.load(text, YamlLoader)
         except (yaml.YAMLError, ValueError) as error:
             raise ValueError(f"{override!r}: the value is not YAML: {yaml_reason(error)}") from None
-        tree = {"": Raw(value, text)}
-        for part in reversed(name.split(".")):
-            tree = {part: tree.get("", tree)}
+        tree = Raw(value, text)
+        for part in reversed(parts):
+            tree = {part: tree}
         assign(config, tree, "command line: ")
     check(config)
     return config
@@ -301,6 +302,11 @@ def check(config: Config):
         raise ValueError(
             f"train.min_learning_rate = {train.min_learning_rate} must not exceed learning_rate = {train.learning_rate}"
         )
+    if train.min_learning_rate and train.schedule == "constant":
+        raise ValueError(
+            f"train.min_learning_rate = {train.min_learning_rate} needs train.schedule=linear or cosine; constant ends "
+            "where it began"
+        )
     if checkpoint.must_save_by is not None and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", checkpoint.must_save_by):
         raise ValueError(f"checkpoint.must_save_by = {checkpoint.must_save_by!r} must be DD:HH:MM:SS, as 00:03:45:00")
     if config.validation.exact_match and not config.validation.every:
@@ -331,6 +337,12 @@ def check_output_dir(output_dir: str, dataset: str | list):
 def check_lora(model: Model):
     lora = model.lora
     if not lora.rank:
+        for name, value in dataclasses.asdict(lora).items():
+            if value != getattr(Lora(), name):
+                raise ValueError(
+                    f"model.lora.{name} = {value!r} has no effect with model.lora.rank = 0, which trains all weights: "
+                    "set the rank, or leave the other keys out"
+                )
         return
     if model.from_scratch:
         raise ValueError("model.lora.rank > 0 needs trained weights below it: set model.from_scratch=false")

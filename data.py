@@ -225,9 +225,10 @@ def load_dataset_class(name: str, args: dict):
     elif path.endswith(".py"):
         if not Path(path).is_file():
             raise ValueError(f"data.dataset = {name!r}: there is no file {path}")
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        module_name = f"dataset_{Path(path).stem}"  # (a user's data.py is not this one)
+        spec = importlib.util.spec_from_file_location(module_name, path)
         module = importlib.util.module_from_spec(spec)
-        sys.modules[Path(path).stem] = module  # so that worker processes find its functions
+        sys.modules[module_name] = module  # so that worker processes find its functions
         spec.loader.exec_module(module)
         if not hasattr(module, class_name):
             raise ValueError(f"data.dataset = {name!r}: {path} has no class {class_name}")
@@ -242,11 +243,24 @@ def load_dataset_class(name: str, args: dict):
             f"chats ({', '.join(formats.ENDINGS)}), or the id of a data set on the Hub (owner/name)"
         )
     try:
-        return make(**args)
+        dataset = make(**args)
     except TypeError as error:
         if "argument" in str(error):
             raise ValueError(f"data.args = {args} does not fit data.dataset = {name!r}: {error}") from None
         raise
+    splits = getattr(dataset, "formatted_ds", None)
+    if not isinstance(splits, dict) or not hasattr(getattr(dataset, "task_spec", None), "task_name"):
+        raise ValueError(
+            f"data.dataset = {name!r}: a dataset class sets formatted_ds, a dict of splits, and task_spec, a "
+            "TaskDataSpec; see the README"
+        )
+    for split, rows in splits.items():
+        if rows is not None and not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
+            raise ValueError(
+                f"data.dataset = {name!r}: the split {split!r} is a {type(rows).__name__}; it must be a list, or have "
+                "a length and rows by number, as a datasets.Dataset has"
+            )
+    return dataset
 
 
 # ---- splits, and what the Hub answers -----------------------------------------------------------------------------
@@ -258,6 +272,8 @@ def validation_indices(count: int, fraction: float | None, seed: int) -> np.ndar
         return np.zeros(0, dtype=np.int64)
     if not (isinstance(fraction, float) and 0 < fraction < 1):
         raise ValueError(f"data.args.validation = {fraction} must be a file, a fraction between 0 and 1, or null")
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"data.args.seed = {seed!r} must be a whole number, at least 0")
     return np.random.default_rng(seed).permutation(count)[: max(1, round(count * fraction))]
 
 
@@ -292,8 +308,16 @@ def from_hub(key: str, name: str):
         ) from error
 
 
+def read_row(rows, i: int) -> dict:
+    """Row i of a split. Raises ValueError with the reason if it is not a conversation that can be trained on."""
+    row = rows[i]
+    if isinstance(rows, datasets.Dataset):  # of a user's class; formats.py does it for its own
+        row = formats.drop_none(row)
+    check_row(row)
+    return row
+
+
 def check_row(row):
-    """Raises ValueError with the reason if a row is not a conversation that can be trained on."""
     row = row if isinstance(row, dict) else {}
     formats.refuse_other_than_text(row)
     messages = row.get("messages")
@@ -624,11 +648,28 @@ def write_tokens(rows, tokenizer, chat_template, train_on, name: str, workers: i
             global forked
             forked = encode_chunk
             with pool(workers) as processes:
-                write_results(processes.imap(call_forked, chunks), (ids_file, labels_file, lengths_file), digest, bar)
+                results = in_order(processes, chunks)
+                write_results(results, (ids_file, labels_file, lengths_file), digest, bar)
     (folder / "digest").write_text(digest.hexdigest(), encoding="utf-8")
 
 
 forked = None  # what the workers of a pool call: inherited by fork, never pickled
+
+
+def in_order(processes, chunks):
+    """What `call_forked` makes of each chunk. (A pool itself waits for ever for what a killed worker had.)"""
+    workers, results = multiprocessing.active_children(), processes.imap(call_forked, chunks)
+    while True:
+        try:
+            yield results.next(timeout=5)
+        except StopIteration:
+            return
+        except multiprocessing.TimeoutError:
+            if killed := [worker for worker in workers if worker.exitcode]:
+                raise ValueError(
+                    f"a process that tokenises ended without a word (exit code {killed[0].exitcode}; -9: killed, "
+                    "perhaps as memory ran out); the same command starts again"
+                ) from None
 
 
 def call_forked(chunk):
@@ -648,8 +689,7 @@ def encode_rows(rows, tokenizer, chat_template, train_on, name, chunk):
     encoded = []
     for i in chunk:
         with at_row(rows, name, i):
-            row = rows[i]
-            check_row(row)
+            row = read_row(rows, i)
             tools = row.get("tools") or None
             encoded.append(templates.encode(tokenizer, row["messages"], tools, chat_template, train_on))
     ids = np.array([token for example in encoded for token in example.input_ids], dtype=np.int32)

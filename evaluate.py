@@ -185,8 +185,7 @@ def make_questions(entries, tokenizer, chat_template: str, stop_ids, max_example
             range(count), desc=f"reading {entry.name}", unit=" rows", leave=False, disable=None if show else True
         ):
             with data.at_row(rows, f"{entry.name} validation", i):
-                row = rows[i]
-                data.check_row(row)
+                row = data.read_row(rows, i)
                 last = max(n for n, message in enumerate(row["messages"]) if message["role"] == "assistant")
                 messages = [{**m, "train": None, "weight": None} for m in row["messages"][: last + 1]]
                 encoded = templates.encode(tokenizer, messages, row.get("tools") or None, chat_template, "last")

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     MixedPrecisionPolicy,
@@ -275,6 +275,19 @@ def mesh_shape(replicas: int, world_size: int) -> tuple[int, int]:
     return replicas, world_size // replicas
 
 
+def make_mesh(replicas: int, world_size: int, device: torch.device) -> DeviceMesh:
+    """The processes of FSDP: "shard" and, where there are several groups of them, "replicate" before it."""
+    shape = mesh_shape(replicas, world_size)
+    if replicas == 1:
+        return init_device_mesh(device.type, shape[1:], mesh_dim_names=("shard",))
+    mesh = torch.arange(world_size).view(shape)
+    # (made here, as the groups of init_device_mesh would have a timeout of minutes)
+    groups = [
+        dist.new_subgroups_by_enumeration(members.tolist(), timeout=ranks.TIMEOUT)[0] for members in (mesh.T, mesh)
+    ]
+    return DeviceMesh.from_group(groups, device.type, mesh, mesh_dim_names=("replicate", "shard"))
+
+
 def blocks(model) -> torch.nn.ModuleList:
     """The decoder's layers: what is compiled and sharded one by one."""
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module)]
@@ -307,11 +320,8 @@ def parallelise(model, config, strategy: str, world_size: int, device: torch.dev
         for block in blocks(model):
             block.compile(dynamic=True)
     if strategy == "fsdp":
-        shape, names = mesh_shape(config.parallel.replicas, world_size), ("replicate", "shard")
-        if config.parallel.replicas == 1:
-            shape, names = shape[1:], names[1:]
         options = {
-            "mesh": init_device_mesh(device.type, shape, mesh_dim_names=names),
+            "mesh": make_mesh(config.parallel.replicas, world_size, device),
             "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype(config), reduce_dtype=torch.float32),
         }
         if config.parallel.cpu_offload:

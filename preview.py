@@ -249,7 +249,8 @@ def left_out(entries, tokenizer) -> dict:
         if split == "train":
             found[name] = {}
             count = min(len(rows), COMPARED_ROWS)
-            for row in map(rows.__getitem__, np.random.default_rng(0).choice(len(rows), count, replace=False).tolist()):
+            for i in np.random.default_rng(0).choice(len(rows), count, replace=False).tolist():
+                row = data.read_row(rows, i)
                 tools = row.get("tools") or None
                 for what, missing in templates.left_out(tokenizer.chat_template, row["messages"], tools, **variables):
                     times, there = found[name].get(what, (0, 0))

@@ -63,6 +63,7 @@ def main():
         watchdog.at("preparing the data")
         prepared = prepare(cfg, rank, local_rank)
         ranks.start_group()
+        check_same_start(cfg, prepared)
         lock = take_output_dir(cfg, output_dir, rank)
         # From here on nobody else writes there, and all ranks resume from the checkpoint that rank 0 sees
         folder = checkpoint.where_to_start(configuration.to_dict(cfg))[0] if rank == 0 else None
@@ -145,6 +146,19 @@ def start_processes(processes: int, output_dir: Path) -> int:
     except ChildFailedError:  # it has said why
         return 1
     return 0
+
+
+def check_same_start(cfg, prepared):
+    """Raises ValueError where a machine's files are not those of the first: each reads its own."""
+    mine = {"configuration": configuration.to_dict(cfg), "chat template": prepared.tokenizer.chat_template}
+    for name, examples in [("training split", prepared.train_set), ("validation split", prepared.validation_set)]:
+        mine[name] = examples and examples.digest
+    first = ranks.from_rank_0(mine)
+    if differing := [name for name in mine if mine[name] != first[name]]:
+        raise ValueError(
+            f"{socket.gethostname()} has another {' and another '.join(differing)} than the first machine: let both "
+            "read the same files (and a dataset class give the same rows each time)"
+        )
 
 
 def take_output_dir(cfg, output_dir: Path, rank: int):
@@ -468,6 +482,9 @@ def load_model(cfg, device, prepared: Prepared):
     """(the model on the CPU, or without weights where rank 0 will share its own; "ddp" or "fsdp")."""
     rank, world_size = ranks.rank_and_size()
     outline, strategy = None, "ddp"  # one process has nothing to shard
+    modelling.mesh_shape(cfg.parallel.replicas, world_size)
+    if world_size == 1 and cfg.parallel.cpu_offload:
+        raise ValueError("parallel.cpu_offload needs more than one process: it is a way of FSDP")
     if world_size > 1 and cfg.parallel.strategy != "ddp":
         outline = modelling.load(cfg.model, device, outline=True)
         gpu_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None

@@ -239,6 +239,10 @@ def test_a_list_of_contents_that_would_run_code_is_not_read(tmp_path):
     (tmp_path / "state/.metadata").write_bytes(as_other_pythons_pickle(torch.distributed.checkpoint.Metadata, "mro"))
     with pytest.raises(ValueError, match="asks for mro"):
         checkpoint.load(tmp_path, *tiny())
+    metadata = torch.distributed.checkpoint.metadata.BytesStorageMetadata()  # what torch would unpickle without a word
+    (tmp_path / "state/.metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match="BytesStorageMetadata, which is no part of a checkpoint"):
+        checkpoint.load(tmp_path, *tiny())
     (tmp_path / "state/.metadata").write_bytes(b"")
     with pytest.raises(ValueError, match="state cannot be read"):
         checkpoint.read_weights(tmp_path)
@@ -299,6 +303,13 @@ def test_what_is_no_run_or_another_run_is_never_overwritten(tmp_path):
         start("seed=1")
     with pytest.raises(ValueError, match="holds a run already, and checkpoint.resume is never"):
         start("checkpoint.resume=never")
+    for state in ("failed", "stopped", "running"):  # before its first step a run has nothing to lose
+        (tmp_path / "metrics.jsonl").write_text('{"step": 0, "val/loss": 2.5}\n')
+        checkpoint.write_status(tmp_path, state, 0)
+        assert start("seed=1") == (None, False)
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.5}\n')
+        with pytest.raises(ValueError, match=r"seed \(42 there, 1 now\)"):
+            start("seed=1")
 
 
 def test_a_status_is_replaced_in_one_piece(tmp_path):

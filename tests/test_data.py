@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 
 import datasets
 import numpy as np
@@ -69,6 +71,50 @@ def test_many_processes_write_the_tokens_of_one(tmp_path):
         data.tokenise(rows, TOKENIZER, TEMPLATE, "all", tmp_path / str(workers), "test", workers) for workers in (1, 2)
     )
     assert all((one / name).read_bytes() == (two / name).read_bytes() for name in ("input_ids", "labels"))
+
+
+def test_a_killed_process_ends_the_tokenising_with_a_reason(tmp_path):
+    class Rows(list):
+        def __getitem__(self, i):
+            if i == 700:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__getitem__(i)
+
+    rows = Rows(chat(f"{i}?", f"It is {i}.") for i in range(1500))
+    with pytest.raises(ValueError, match="ended without a word .exit code -9"):
+        data.tokenise(rows, TOKENIZER, TEMPLATE, "all", tmp_path, "test", 2)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_arrow_adds_nothing_to_the_tool_calls_of_a_class(tmp_path):
+    def called(arguments):
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        return {"messages": [chat("Go")["messages"][0], {"role": "assistant", "content": "", "tool_calls": [call]}]}
+
+    rows = [called({"city": "Rome"}), called({"x": 1})]
+    table = datasets.Dataset.from_list(rows)
+    assert "city" in table[1]["messages"][1]["tool_calls"][0]["function"]["arguments"]
+    for i, row in enumerate(rows):
+        assert data.read_row(table, i)["messages"][1]["tool_calls"] == row["messages"][1]["tool_calls"]
+
+
+def test_a_class_in_any_file_is_a_dataset_if_it_has_what_one_has(tmp_path):
+    path = tmp_path / "data.py"
+    path.write_text(
+        "from data import TaskDataSpec\n\nclass Whole:\n    task_spec = TaskDataSpec('whole')\n"
+        f"    formatted_ds = {{'train': [{chat('A?', 'Yes.')}]}}\n"
+        "\nclass NoSplits:\n    task_spec = TaskDataSpec('half')\n"
+        "\nclass NoSpec:\n    formatted_ds = Whole.formatted_ds\n"
+        "\nclass Stream(Whole):\n    formatted_ds = {'train': iter([])}\n"
+    )
+    assert len(data.load_dataset_class(f"{path}:Whole", {}).formatted_ds["train"]) == 1
+    for name, said in [
+        ("NoSplits", "sets formatted_ds"),
+        ("NoSpec", "task_spec"),
+        ("Stream", "'train' is a list_iter"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            data.load_dataset_class(f"{path}:{name}", {})
 
 
 @pytest.mark.parametrize(
@@ -153,8 +199,9 @@ def test_a_fraction_is_held_out_the_same_way_each_time(tmp_path):
     path.write_text("".join(json.dumps(chat(f"{i}?", "Yes.")) + "\n" for i in range(50)))
     a, b = (data.load_dataset_class(str(path), {"validation": 0.1}).formatted_ds for _ in range(2))
     assert len(a["train"]) == 45 and np.array_equal(a["validation"].indices, b["validation"].indices)
-    with pytest.raises(ValueError, match="data.args"):
-        data.load_dataset_class(str(path), {"validatoin": 0.1})
+    for wrong in ({"validatoin": 0.1}, {"validation": 2.0}, {"seed": "x"}, {"seed": -1}):
+        with pytest.raises(ValueError, match=f"data.args.*{[*wrong][0]}"):
+            data.load_dataset_class(str(path), wrong)
 
 
 def test_a_split_is_needed_where_it_is_read_and_read_nowhere_else(tmp_path):
