@@ -113,7 +113,7 @@ def refuse_unknown(module, others: dict, longest: int):
 
 
 def is_in_window(module, config) -> bool:
-    """Whether a layer of a model that has a window attends to no more than that."""
+    """Whether this layer uses the sliding window that its model has."""
     kinds = getattr(config, "layer_types", None)  # None: all layers are alike
     return kinds is None or kinds[module.layer_idx] == "sliding_attention"
 

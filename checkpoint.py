@@ -378,7 +378,7 @@ class Writer:
             parts = [None] * dist.get_world_size() if self.rank == 0 else None
             dist.gather_object(mine, parts, group=self.group)
         if self.rank == 0:
-            export(unfinished / "state", self.skeleton, self.tokenizer, self.stop_ids, unfinished / "model")
+            export_state(unfinished / "state", self.skeleton, self.tokenizer, self.stop_ids, unfinished / "model")
             others = ["state/.metadata", *(f"model/{path.name}" for path in (unfinished / "model").iterdir())]
             files = {name: entry for part in [*parts, checksums(unfinished, others)] for name, entry in part.items()}
             write_atomically(unfinished / "metrics.json", json.dumps({"step": step, **figures, "files": files}))
@@ -420,7 +420,7 @@ def read(state: Path, into: dict, no_dist: bool):
         dcp.load(into, checkpoint_id=state, no_dist=no_dist)
 
 
-def export(state: Path, skeleton, tokenizer, stop_ids: list[int], folder: Path):
+def export_state(state: Path, skeleton, tokenizer, stop_ids: list[int], folder: Path):
     """A model folder from a checkpoint's `state/`, in the skeleton's dtype, compared with the state after writing."""
     kept = read_metadata(state).state_dict_metadata
     weights = {
@@ -489,7 +489,8 @@ def list_checkpoints(output_dir: Path) -> bool:
     good = [folder for folder in found if whole[folder]]
     if good:
         best = min(good, key=lambda folder: (loss_of(folder), -step_of(folder)))
-        print(f"best: {best.name}, " * (loss_of(best) < float("inf")) + f"newest whole: {good[-1].name}")
+        named = f"best: {best.name}, " if loss_of(best) < float("inf") else ""
+        print(f"{named}newest whole: {good[-1].name}")
     model, problem = output_dir / "model", None
     if model.is_dir():
         try:
@@ -558,7 +559,7 @@ def export_plain(folder: Path, source: Path, target: Path):
     model_config = AutoConfig.from_pretrained(source)
     skeleton = modelling.skeleton(model_config, GenerationConfig.from_pretrained(source), model_config.dtype)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    export(folder / "state", skeleton, tokenizer, modelling.stop_ids_of(skeleton, tokenizer), target)
+    export_state(folder / "state", skeleton, tokenizer, modelling.stop_ids_of(skeleton, tokenizer), target)
 
 
 if __name__ == "__main__":

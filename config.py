@@ -185,7 +185,7 @@ def load(path: str | None, overrides: list[str]) -> Config:
             raise ValueError(f"{path}: is not YAML: {yaml_reason(error)}") from None
         if tree is not None and not isinstance(tree, dict):
             raise ValueError(f"{path}: must hold keys and values, as `seed: 42`, not {type(tree).__name__}")
-        assign(config, tree or {}, f"{path}: ")
+        set_values(config, tree or {}, f"{path}: ")
     for override in overrides:
         name, equals, text = override.partition("=")
         parts = name.split(".")
@@ -198,7 +198,7 @@ def load(path: str | None, overrides: list[str]) -> Config:
         tree = Raw(value, text)
         for part in reversed(parts):
             tree = {part: tree}
-        assign(config, tree, "command line: ")
+        set_values(config, tree, "command line: ")
     check(config)
     return config
 
@@ -230,7 +230,7 @@ class Raw(typing.NamedTuple):
     text: str
 
 
-def assign(target, tree: dict, where: str, prefix: str = ""):
+def set_values(target, tree: dict, where: str, prefix: str = ""):
     """Write the values of a nested dict into a dataclass, checking names and types."""
     hints = typing.get_type_hints(type(target))
     fields = {field.name: field for field in dataclasses.fields(target)}
@@ -244,7 +244,7 @@ def assign(target, tree: dict, where: str, prefix: str = ""):
             if not isinstance(plain, dict):
                 keys = ", ".join(field.name for field in dataclasses.fields(current))
                 raise ValueError(f"{where}{full_name} is a section, not a value ({plain!r}); its keys are {keys}")
-            assign(current, plain, where, full_name + ".")
+            set_values(current, plain, where, full_name + ".")
         elif hint is dict and isinstance(value, dict) and where.startswith("command line"):
             merge(current, value)  # data.args.validation=0.1 adds to what the file says
         else:

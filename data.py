@@ -483,7 +483,7 @@ class Examples:
         self.totals = [json.loads((folder / "totals.json").read_text(encoding="utf-8")) for folder in chosen]
         self.counts = [total["conversations"] for total in self.totals]
         self.ends = np.cumsum(self.counts)
-        index = chosen[0] if len(folders) == 1 else join(chosen)
+        index = chosen[0] if len(folders) == 1 else join_folders(chosen)
         self.starts, self.rows = (mapped(index / name, np.int64) for name in ("starts", "rows"))
         self.lengths, self.supervised = (mapped(index / name, np.int32) for name in ("lengths", "supervised"))
 
@@ -517,7 +517,7 @@ class Examples:
         return [i for part in self.parts() for i in part[:count]]
 
 
-def join(chosen: list[Path]) -> Path:
+def join_folders(chosen: list[Path]) -> Path:
     """A folder with the files of these folders of `choose_examples`, one after the other: made now, or found."""
     name = hashlib.sha256(" ".join(f"{folder.parent.name}/{folder.name}" for folder in chosen).encode()).hexdigest()
 

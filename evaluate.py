@@ -131,13 +131,13 @@ def answer_all(
 ) -> list[str]:  # fmt: skip
     """The model's answers as texts, on every rank. Each rank answers its share, and all ranks run the same number of
     batches, as a sharded model needs. A batch holds prompts of similar length; one of more than one prompt has at most
-    `max_tokens` tokens, answers included. A prompt of `max_prompt` tokens or more, or that leaves no room in the model,
-    gets an empty answer. `note_place` is called before each batch, `alive` at each token."""
+    `max_tokens` tokens, answers included. A prompt of no token, of `max_prompt` or more, or that leaves no room in
+    the model, gets an empty answer. `note_place` is called before each batch, `alive` at each token."""
     rank, world_size = ranks.rank_and_size()
     max_new_tokens = min(LONGEST, max(32, max(question.tokens for question in questions) + 8))
     lengths, positions = [len(question.prompt) for question in questions], modelling.positions_of(model)
     order = sorted(range(len(questions)), key=lengths.__getitem__)
-    order = [i for i in order if lengths[i] < min(positions, max_prompt or positions)]
+    order = [i for i in order if 0 < lengths[i] < min(positions, max_prompt or positions)]
     found, at, quiet = {}, 0, rank > 0 or len(order) <= batch_size or not sys.stderr.isatty()
     with tqdm(total=len(order), desc="answering", unit=" answers", leave=False, disable=quiet) as bar:
         while at < len(order):

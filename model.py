@@ -30,10 +30,9 @@ import data
 import lora
 import packing
 import ranks
+from templates import IGNORE_INDEX
 
 logging.disable_progress_bar()  # a bar per export says nothing; what matters is printed by train_sft.py
-
-IGNORE_INDEX = -100
 
 
 # ---- load ------------------------------------------------------------------------------------------------------------

@@ -172,7 +172,7 @@ def bad_rows(cfg, tokenizer, entries, most: int = 20) -> list[str]:
                     if len(places) == most or len(places[reason]) == 1000:  # enough to go on with
                         break
     return [
-        f"{first}: {reason}" + f" (and in {len(others):,} more)" * bool(others)
+        f"{first}: {reason}" + (f" (and in {len(others):,} more)" if others else "")
         for reason, (first, *others) in places.items()
     ]
 

@@ -388,16 +388,16 @@ def encode(tokenizer, messages, tools=None, chat_template=None, train_on="all") 
         input_ids.extend(ids)
         labels.extend(ids if trained else [IGNORE_INDEX] * len(ids))
 
-    append(tokenise(tokenizer, text[: turns[0][1]], at_start=True), False)
+    append(ids_of(tokenizer, text[: turns[0][1]], at_start=True), False)
     for (i, start, end), next_start in zip(turns, [turn[1] for turn in turns[1:]] + [len(text)], strict=True):
         trained = is_trained(messages[i], train_on == "all" or i == last, i)
-        turn = tokenise(tokenizer, text[start:end], at_start=start == 0)
-        whole = tokenise(tokenizer, text[start:next_start], at_start=start == 0)
+        turn = ids_of(tokenizer, text[start:end], at_start=start == 0)
+        whole = ids_of(tokenizer, text[start:next_start], at_start=start == 0)
         # What follows the turn is tokenised with it, as inference does, unless a token would reach over the end.
         after = (
             whole[len(turn) :]
             if whole[: len(turn)] == turn
-            else tokenise(tokenizer, text[end:next_start], at_start=False)
+            else ids_of(tokenizer, text[end:next_start], at_start=False)
         )
         append(turn, trained)
         if i == last and not (turn and turn[-1] in special_ids(tokenizer)) and after[:1] != [tokenizer.eos_token_id]:
@@ -481,7 +481,7 @@ def special_ids(tokenizer) -> frozenset[int]:
     }
 
 
-def tokenise(tokenizer, text: str, at_start: bool) -> list[int]:
+def ids_of(tokenizer, text: str, at_start: bool) -> list[int]:
     """Ids of a piece of text, without special tokens put around it.
 
     SentencePiece-like tokenizers put a space before what they take for the start of a text. A piece that goes on where

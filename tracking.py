@@ -31,7 +31,7 @@ class Tracker:
             self.tensorboard = SummaryWriter(str(output_dir / "tensorboard"), purge_step=start + 1 if start else 0)
             self.tensorboard.add_text("config", f"```yaml\n{config_text}```", start)
         if config.wandb.enabled:
-            self.wandb = start_wandb(config.wandb, config_dict)
+            self.wandb = start_wandb(config.wandb, config_dict, output_dir / "wandb_id", start)
         self.bar = tqdm(total=steps, initial=start, desc="training", unit=" steps", disable=not sys.stderr.isatty())
         self.steps = steps
 
@@ -82,12 +82,16 @@ class Tracker:
             self.wandb.finish()
 
 
-def start_wandb(config, config_dict: dict):
+def start_wandb(config, config_dict: dict, id_file: Path, start: int):
+    """One run there for all starts of a run here: its id is kept in `id_file`."""
     try:
         import wandb
     except ImportError:
         raise ValueError("logger.wandb.enabled needs wandb: run `pip install wandb`, or set it to false") from None
+    id = id_file.read_text(encoding="utf-8") if start and id_file.is_file() else None
     try:
-        return wandb.init(project=config.project, name=config.name, config=config_dict)
+        run = wandb.init(project=config.project, name=config.name, config=config_dict, id=id, resume="allow")
     except wandb.errors.Error as error:
         raise ValueError(f"wandb did not start: run `wandb login`, or set WANDB_MODE=offline ({error})") from None
+    id_file.write_text(run.id, encoding="utf-8")
+    return run

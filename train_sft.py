@@ -42,7 +42,8 @@ USAGE = "usage: train_sft.py [CONFIG.yaml | --config CONFIG.yaml] [KEY=VALUE ...
 
 
 def main():
-    began, started = time.monotonic(), float(os.environ.get("SFT_STARTED", time.time()))  # slurm/train.sbatch sets it
+    began = time.monotonic()
+    asked_for_at = float(os.environ.get("SFT_STARTED", time.time()))  # slurm/train.sbatch sets it: before any waiting
     cfg = read_command_line(sys.argv[1:])
     rank, local_rank, world_size = launch(cfg)
     output_dir = Path(cfg.output_dir)
@@ -54,9 +55,9 @@ def main():
                 print(
                     f"{output_dir} holds a finished run; its model is in {output_dir / 'model'}. To train again, name "
                     "another output_dir or delete this one; to train further, raise train.max_steps."
-                    + f" To add the adapter to its base: python checkpoint.py {output_dir / 'model'} A-FOLDER"
-                    * (output_dir / "model/adapter_config.json").is_file()
                 )
+                if (output_dir / "model/adapter_config.json").is_file():
+                    print(f"To add the adapter to its base: python checkpoint.py {output_dir / 'model'} A-FOLDER")
             watchdog.close()
             return
         device = modelling.take_device(local_rank)
@@ -78,7 +79,7 @@ def main():
             checkpoint.write_atomically(output_dir / "config.yaml", configuration.dump(cfg))
             checkpoint.write_status(output_dir, "running", start)
             stop = output_dir / "STOP"
-            if stop.exists() and stop.stat().st_mtime < started:
+            if stop.exists() and stop.stat().st_mtime < asked_for_at:
                 stop.unlink()
                 print(f"{stop} was there before this start, and is gone: it was meant for an earlier one")
         ranks.barrier()
@@ -297,41 +298,24 @@ def prepare(cfg, rank: int, local_rank: int) -> Prepared:
 def train(cfg, device, prepared: Prepared, folder: Path | None, watchdog, began: float):
     """`folder`: the checkpoint to go on from, or None; `began`: when this process started, for `must_save_by`."""
     rank, world_size = ranks.rank_and_size()
+    context = cfg.parallel.context  # ranks that share a row, neighbours
     tokenizer, train_set, validation_set, stop_ids, to_score = prepared
-    output_dir = Path(cfg.output_dir)
+    output_dir, batch_size = Path(cfg.output_dir), cfg.train.global_batch_size
+    start = checkpoint.step_of(folder) if folder else 0
+    steps_per_epoch, steps = packing.steps_of_run(train_set.counts, train_set.weights, cfg.train)
 
     watchdog.at("loading the model")
-    start = checkpoint.step_of(folder) if folder else 0
-    batch_size = cfg.train.global_batch_size
-    steps_per_epoch, steps = packing.steps_of_run(train_set.counts, train_set.weights, cfg.train)
-    model, strategy = load_model(cfg, device, prepared)
-    context = cfg.parallel.context  # ranks that share a row, neighbours
-    modelling.check_context(cfg, model.config, world_size)
-    context_group = dist.new_subgroups(context, timeout=ranks.TIMEOUT)[0] if context > 1 else None
-    parallel_model, model = modelling.parallelise(model, cfg, strategy, world_size, device, context_group)
-    autocast = modelling.precision(cfg, strategy, device)
-    optimizer = modelling.make_optimizer(model, cfg.train)
+    model, parallel_model, optimizer, strategy, autocast, can_pack, base = build(cfg, device, prepared, folder)
     adapter = getattr(model, "adapter_config", None)
-    base = ranks.from_rank_0(lora.identity(cfg.model) if adapter and rank == 0 else None)
-    if folder:
-        check_base(folder, cfg.model.name, base)
-        checkpoint.load(folder, model, optimizer)
     empty = modelling.skeleton(model.config, model.generation_config, modelling.compute_dtype(cfg), adapter)
     writer = checkpoint.Writer(
         output_dir, cfg.checkpoint.keep, cfg.checkpoint.async_save, rank, empty, copy.deepcopy(tokenizer), stop_ids
     )
-    with autocast:
-        apart = modelling.keeps_documents_apart(model, device, modelling.compute_dtype(cfg))
-        if context_group:
-            modelling.check_shared_row(model, device, context_group, modelling.compute_dtype(cfg))
-    apart = ranks.from_rank_0(apart)  # what each has measured for itself may differ by rounding
-    if not apart and rank == 0:
-        print("packed documents would see each other in this model: each row holds one document")
 
     def rows_of(chosen, lengths) -> list[list[int]]:
-        """This rank's rows, which it shares with the others of its group."""
-        most = context * cfg.train.max_tokens_per_micro_batch if apart else 1
-        return packing.pack(chosen, lengths, world_size // context, most)[rank // context]
+        """This rank's rows for these conversations; the ranks that share rows get the same."""
+        max_tokens = context * cfg.train.max_tokens_per_micro_batch if can_pack else 1
+        return packing.pack(chosen, lengths, world_size // context, max_tokens)[rank // context]
 
     def collate(examples, row) -> dict:
         return data.collate(examples, row, device, rank % context, context)
@@ -352,15 +336,15 @@ def train(cfg, device, prepared: Prepared, folder: Path | None, watchdog, began:
         validation_rows = [
             (k, row) for k, part in enumerate(parts) for row in rows_of(np.array(part), validation_set.lengths)
         ]
-        to_show = [
+        to_answer = [
             evaluate.question_of(tokenizer, *validation_set[i], stop_ids, None, validation_set.part_of(i))
             for i in validation_set.first(cfg.validation.samples)
         ]
 
-    def answered(questions):
-        most = cfg.train.max_tokens_per_micro_batch
+    def answers_to(questions) -> list[str]:
+        max_tokens = cfg.train.max_tokens_per_micro_batch
         return evaluate.answer_all(
-            model, tokenizer, questions, stop_ids, most, cfg.data.max_seq_length, 64, watchdog.at, watchdog.alive
+            model, tokenizer, questions, stop_ids, max_tokens, cfg.data.max_seq_length, 64, watchdog.at, watchdog.alive
         )
 
     def validate(step: int):
@@ -380,12 +364,12 @@ def train(cfg, device, prepared: Prepared, folder: Path | None, watchdog, began:
             figures |= {f"val/loss/{n}": s / t for n, s, t in zip(validation_set.names, sums, tokens, strict=True)}
         with autocast:
             if to_score and step in (0, steps):
-                scores = evaluate.score(to_score, answered(to_score), validation_set.names)
+                scores = evaluate.score(to_score, answers_to(to_score), validation_set.names)
                 figures |= {f"val/{name}": value for name, value in scores.items()}
-            aloud = answered(to_show) if to_show else []
+            answers = answers_to(to_answer) if to_answer else []
         if tracker:
             tracker.log(step, figures)
-            samples(to_show, aloud, tokenizer, tracker, step)
+            show_samples(to_answer, answers, tokenizer, tracker, step)
         return {"val/loss": loss}
 
     def wait_for_writer():
@@ -446,9 +430,9 @@ def train(cfg, device, prepared: Prepared, folder: Path | None, watchdog, began:
                     "train/tokens_per_second": tokens / (time.perf_counter() - clock),
                 },
             )
-        figures = {"data": train_set.digest, "base": base}
+        kept_with_it = {"data": train_set.digest, "base": base}
         if cfg.validation.every and (step % cfg.validation.every == 0 or step == steps):
-            figures |= validate(step)
+            kept_with_it |= validate(step)
         if stops or step == steps or (cfg.checkpoint.every and step % cfg.checkpoint.every == 0):
             watchdog.at("waiting for the checkpoint before to be written")
             wait_for_writer()
@@ -456,7 +440,7 @@ def train(cfg, device, prepared: Prepared, folder: Path | None, watchdog, began:
             if tracker:
                 tracker.flush()
                 checkpoint.write_status(output_dir, "running", step)
-            writer.save(step, model, optimizer, figures)
+            writer.save(step, model, optimizer, kept_with_it)
         slowest = max(slowest, time.perf_counter() - clock)
         if stops and step < steps:
             break
@@ -476,6 +460,43 @@ def train(cfg, device, prepared: Prepared, folder: Path | None, watchdog, began:
     if tracker:
         tracker.close()
     ranks.barrier()
+
+
+class Built(NamedTuple):
+    """`model` holds the weights; `parallel_model` is called: its loss, in DDP or sharded by FSDP. `can_pack`: whether
+    the documents of a row do not see each other. `base`: which weights are below an adapter; None: there is none."""
+
+    model: torch.nn.Module
+    parallel_model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    strategy: str
+    autocast: contextlib.AbstractContextManager
+    can_pack: bool
+    base: str | None
+
+
+def build(cfg, device, prepared: Prepared, folder: Path | None) -> Built:
+    """Model and optimizer, as they were in the checkpoint `folder` if there is one; measured before they train."""
+    rank, world_size = ranks.rank_and_size()
+    context, dtype = cfg.parallel.context, modelling.compute_dtype(cfg)
+    model, strategy = load_model(cfg, device, prepared)
+    modelling.check_context(cfg, model.config, world_size)
+    context_group = dist.new_subgroups(context, timeout=ranks.TIMEOUT)[0] if context > 1 else None
+    parallel_model, model = modelling.parallelise(model, cfg, strategy, world_size, device, context_group)
+    optimizer = modelling.make_optimizer(model, cfg.train)
+    base = ranks.from_rank_0(lora.identity(cfg.model) if lora.has_adapter(model) and rank == 0 else None)
+    if folder:
+        check_base(folder, cfg.model.name, base)
+        checkpoint.load(folder, model, optimizer)
+    autocast = modelling.precision(cfg, strategy, device)
+    with autocast:
+        can_pack = modelling.keeps_documents_apart(model, device, dtype)
+        if context_group:
+            modelling.check_shared_row(model, device, context_group, dtype)
+    can_pack = ranks.from_rank_0(can_pack)  # ranks may measure differently, by rounding
+    if rank == 0 and not can_pack:
+        print("packed documents would see each other in this model: each row holds one document")
+    return Built(model, parallel_model, optimizer, strategy, autocast, can_pack, base)
 
 
 def load_model(cfg, device, prepared: Prepared):
@@ -559,7 +580,7 @@ def stop_reason(cfg, output_dir: Path, began: float, needed: float) -> str | Non
 # ---- answers ---------------------------------------------------------------------------------------------------------
 
 
-def samples(asked, answers, tokenizer, tracker, step: int):
+def show_samples(asked, answers, tokenizer, tracker, step: int):
     """The first validation prompts, with what was expected and what the model said."""
     for n, (question, answer) in enumerate(zip(asked, answers, strict=True)):
         prompt = tokenizer.decode(question.prompt, skip_special_tokens=True).strip()

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import time
+import types
 from random import Random
 
 import pytest
@@ -16,6 +17,7 @@ import checkpoint
 import config
 import data
 import model as modelling
+import train_sft
 
 FEW = ["train.max_steps=4", "validation.every=2", "validation.exact_match=0", "validation.samples=1",
        "checkpoint.every=2", "train.max_epochs=9", "train.global_batch_size=16",
@@ -87,6 +89,32 @@ def test_a_mistake_is_one_line_and_no_traceback(tmp_path, arguments, code, said)
     output = run(tmp_path, *arguments, f"output_dir={tmp_path / 'out'}", expect=code)
     assert said in output and "Traceback" not in output
     assert not (tmp_path / "out").exists()
+
+
+def test_a_machine_that_reads_other_files_than_the_first_is_refused(tmp_path, monkeypatch):
+    first, cfg = {}, config.load("configs/quickstart.yaml", [])
+
+    def prepared(template="a", train="1", validation="2"):
+        sets = [types.SimpleNamespace(digest=digest) if digest else None for digest in (train, validation)]
+        return train_sft.Prepared(types.SimpleNamespace(chat_template=template), *sets, [], None)
+
+    monkeypatch.setattr(train_sft.ranks, "from_rank_0", lambda mine: first.setdefault("told", mine))
+    train_sft.check_same_start(cfg, prepared())
+    train_sft.check_same_start(cfg, prepared())
+    for other in ("template", "train", "validation"):
+        with pytest.raises(ValueError, match=f"has another (chat )?{other}.* than the first machine"):
+            train_sft.check_same_start(cfg, prepared(**{other: "3"}))
+    with pytest.raises(ValueError, match="has another configuration than the first machine"):
+        train_sft.check_same_start(config.load("configs/quickstart.yaml", ["seed=3"]), prepared())
+
+
+@pytest.mark.parametrize(
+    "override, said", [("parallel.replicas=2", "does not divide the 1"), ("parallel.cpu_offload=true", "more than one")]
+)
+def test_what_needs_more_than_one_process_is_not_ignored_on_one(override, said):
+    cfg = config.load("configs/quickstart.yaml", ["parallel.strategy=fsdp", override])
+    with pytest.raises(ValueError, match=said):
+        train_sft.load_model(cfg, torch.device("cpu"), None)
 
 
 def test_the_class_in_the_readme_trains(tmp_path):
