@@ -1,4 +1,5 @@
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -7,6 +8,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from running import metrics, run  # noqa: E402
+
+# The tests are of one process and of several, on any machine; what needs a GPU is in test_gpu.py
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The script as a user runs it, in a subprocess or a fork, and what a run left behind."""
+"""The scripts as a user runs them, or in forks of this process, and what a run left behind."""
 
 import contextlib
 import io
@@ -8,12 +8,16 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from unittest import mock
 
 import huggingface_hub
 import pytest
 import torch
+import torch.distributed as dist
+import torch.utils.tensorboard  # noqa: F401 (for the forks)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
@@ -55,11 +59,33 @@ def call(main, *arguments, expect=0, home=None):
     return out.getvalue(), err.getvalue()
 
 
-def run(tmp_path, *arguments, processes=1, expect=0, fault=None):
-    """All that a training says; `fault`: see train_with_fault.py."""
+def run_as_user(tmp_path, *arguments, processes=1, expect=0, fault=None, **environment):
+    """All that a training says, started by torchrun if there is more than one process; `fault`: see
+    train_with_fault.py."""
     name, fault = ("tests/train_with_fault.py", fault) if fault else ("train_sft.py", "-1:0:")
-    home = str(tmp_path.parent / "hf")
-    return "".join(script(name, *arguments, processes=processes, expect=expect, HF_HOME=home, FAULT=fault))
+    environment |= {"HF_HOME": str(tmp_path.parent / "hf"), "FAULT": fault}
+    return "".join(script(name, *arguments, processes=processes, expect=expect, **environment))
+
+
+def run(tmp_path, *arguments, processes=1, expect=0, fault=None):
+    """The same, in forks of this process, which have everything loaded and are told what torchrun tells: takes seconds
+    less."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory() as folder:
+        log, pids = Path(folder) / "log", []
+        for rank in range(processes):
+            told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            told |= {"GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+            told |= {f"TORCHELASTIC_{name}": value for name, value in TORCHELASTIC.items()}
+            told = told if processes > 1 else {}
+            pids.append(start_in_fork(arguments, tmp_path.parent / "hf", log, fault, **told))
+        codes = [wait_for(pid) for pid in pids]
+        said = log.read_text()
+    assert (max(codes) if processes == 1 else int(any(codes))) == expect, said
+    return said
+
+
+TORCHELASTIC = {"RUN_ID": "none", "RESTART_COUNT": 0, "USE_AGENT_STORE": True}
 
 
 def metrics(output_dir, name="train/loss"):
@@ -67,32 +93,36 @@ def metrics(output_dir, name="train/loss"):
     return {line["step"]: line[name] for line in lines if name in line}
 
 
-def start_in_fork(arguments, output_dir: Path, fault=None, kill_at_event=None) -> int:
-    """The script in a fork of this process, which has everything loaded: takes a second. Returns its pid.
-    `kill_at_event`: -9 at the n-th change of a file in `output_dir`."""
+def start_in_fork(arguments, home: Path, log: Path, fault=None, kill_at_event=None, **environment) -> int:
+    """A training in a fork of this process. Returns its pid. `home`: HF_HOME; `kill_at_event`: (folder, n), -9 at the
+    n-th change of a file there."""
     pid = os.fork()
     if pid:
         return pid
+    code = 3
     try:
-        log = os.open(output_dir.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1), os.dup2(log, 2)
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1), os.dup2(file, 2)
         sys.stdout = sys.stderr = open(1, "w", closefd=False)
         torch.set_num_threads(1)
         os.chdir(ROOT)
-        os.environ["FAULT"] = fault or "-1:0:"
-        huggingface_hub.constants.HF_HOME = str(output_dir.parent / "hf")
-        sys.argv = ["train_sft.py", *arguments, f"output_dir={output_dir}"]
+        os.environ.update({name: str(value) for name, value in environment.items()}, FAULT=fault or "-1:0:")
+        huggingface_hub.constants.HF_HOME, huggingface_hub.constants.HF_HUB_OFFLINE = str(home), True
+        sys.argv = ["train_sft.py", *map(str, arguments)]
         if kill_at_event:
-            sys.addaudithook(killer(kill_at_event, str(output_dir)))
+            sys.addaudithook(killer(*kill_at_event))
         runpy.run_path(str(ROOT / "tests/train_with_fault.py"), run_name="__main__")
+    except SystemExit as ended:
+        code = ended.code
     finally:
-        os._exit(3)
+        sys.stdout.flush()
+        os._exit(code)
 
 
-def killer(left: int, folder: str):
+def killer(folder: Path, left: int):
     def hook(event, arguments):
         nonlocal left
-        if event in ("open", "os.rename", "os.mkdir", "os.remove") and str(arguments[0]).startswith(folder):
+        if event in ("open", "os.rename", "os.mkdir", "os.remove") and str(arguments[0]).startswith(str(folder)):
             left -= 1
             if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -101,7 +131,14 @@ def killer(left: int, folder: str):
 
 
 def wait_for(pid: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    """Its exit code, within five minutes."""
+    for _ in range(6000):
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGKILL)
+    raise TimeoutError(f"process {pid} has not ended; killed")
 
 
 def state(output_dir):

@@ -1,4 +1,4 @@
-"""The script as a user runs it, in a subprocess."""
+"""The script as a user runs it, from the command line to the files that it leaves."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 import torch
-from running import ROOT, assert_same_run, metrics, run, start_in_fork, state, wait_for
+from running import ROOT, assert_same_run, metrics, run, run_as_user, start_in_fork, state, wait_for
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import checkpoint
@@ -27,7 +27,7 @@ FEW = ["train.max_steps=4", "validation.every=2", "validation.exact_match=0", "v
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("runs") / "single"
-    run(output_dir, "configs/quickstart.yaml", f"output_dir={output_dir}", *FEW)
+    run_as_user(output_dir, "configs/quickstart.yaml", f"output_dir={output_dir}", *FEW)
     return output_dir
 
 
@@ -44,8 +44,8 @@ def single(tmp_path_factory):
     ],
 )
 def test_the_losses_and_weights_do_not_depend_on_the_machine(tmp_path, single, processes, overrides):
-    out = tmp_path / "out"
-    run(out, "configs/quickstart.yaml", f"output_dir={out}", *FEW, *overrides, processes=processes)
+    out, start = tmp_path / "out", run_as_user if overrides == ["parallel.strategy=fsdp"] else run
+    start(out, "configs/quickstart.yaml", f"output_dir={out}", *FEW, *overrides, processes=processes)
     for name in ("train/loss", "train/grad_norm", "val/loss"):
         assert metrics(out, name) == pytest.approx(metrics(single, name), rel=1e-5)
     torch.manual_seed(42)
@@ -77,7 +77,7 @@ def test_a_finished_run_is_left_as_it_is_and_another_is_not_overwritten(tmp_path
 @pytest.mark.parametrize(
     "arguments, code, said",
     [
-        (["configs/none.yaml"], 2, "cannot be read"),
+        (["configs/none.yaml"], 2, "error: configs/none.yaml: cannot be read"),
         (["configs/quickstart.yaml", "train.lr=1"], 2, "no key 'train.lr'"),
         (["configs/quickstart.yaml", "data.dataset=gone.jsonl"], 1, "gone.jsonl"),
         (["configs/quickstart.yaml", "cluster.num_nodes=2"], 2, "cluster.num_nodes"),
@@ -86,7 +86,8 @@ def test_a_finished_run_is_left_as_it_is_and_another_is_not_overwritten(tmp_path
     ],
 )
 def test_a_mistake_is_one_line_and_no_traceback(tmp_path, arguments, code, said):
-    output = run(tmp_path, *arguments, f"output_dir={tmp_path / 'out'}", expect=code)
+    start = run_as_user if arguments[0] == "configs/none.yaml" else run
+    output = start(tmp_path, *arguments, f"output_dir={tmp_path / 'out'}", expect=code)
     assert said in output and "Traceback" not in output
     assert not (tmp_path / "out").exists()
 
@@ -143,15 +144,16 @@ def test_a_run_that_never_validates_needs_no_validation_split(tmp_path):
 def test_stopped_at_every_step_of_two_epochs_it_ends_with_the_same_weights(tmp_path, two_epochs):
     arguments, undisturbed = two_epochs
     out = tmp_path / "out"
+    arguments = [*arguments, f"output_dir={out}"]
     for step in range(1, 6):
         if step == 3:
-            assert wait_for(start_in_fork([*arguments, "checkpoint.must_save_by=00:00:00:00"], out)) == 0
+            run(out, *arguments, "checkpoint.must_save_by=00:00:00:00")
         else:
-            assert wait_for(start_in_fork(arguments, out, fault="0:1:STOP")) == 0
+            run(out, *arguments, fault="0:1:STOP")
         reason = "checkpoint.must_save_by = 00:00:00:00" if step == 3 else str(out / "STOP")
         assert state(out) == {"state": "stopped", "step": step, "reason": reason}
         assert not (out / "STOP").exists()
-    assert wait_for(start_in_fork(arguments, out)) == 0
+    run(out, *arguments)
     assert state(out)["state"] == "finished"
     assert_same_run(out, undisturbed)
 
@@ -161,12 +163,14 @@ def test_killed_at_random_moments_and_changes_of_files_it_ends_with_the_same_wei
     random, kills, out = Random(0), 0, tmp_path / "out0"
     while kills < 20 or (out / "status.json").exists():
         by_time = random.random() < 0.5
-        pid = start_in_fork(arguments, out, kill_at_event=None if by_time else random.randrange(1, 150))
+        at = None if by_time else (out, random.randrange(1, 150))
+        log = out.with_suffix(".log")
+        pid = start_in_fork([*arguments, f"output_dir={out}"], tmp_path / "hf", log, kill_at_event=at)
         if by_time:
             time.sleep(random.uniform(0.2, 1.6))
             os.kill(pid, signal.SIGKILL)
         code = wait_for(pid)
-        assert code in (0, -signal.SIGKILL), out.with_suffix(".log").read_text()[-2000:]
+        assert code in (0, -signal.SIGKILL), log.read_text()[-2000:]
         kills += code != 0
         folders = checkpoint.find(out)
         assert [checkpoint.damage(folder) for folder in folders] == [None] * len(folders)
@@ -200,23 +204,24 @@ def test_three_ranks_that_are_stopped_end_with_the_same_weights(tmp_path, two_ep
 def test_a_stop_that_is_asked_for_while_the_run_starts_is_heard_and_an_older_one_is_not(tmp_path, two_epochs):
     arguments, undisturbed = two_epochs
     out = tmp_path / "out"
+    arguments = [*arguments, f"output_dir={out}"]
     out.mkdir()
     (out / "STOP").touch()
     os.utime(out / "STOP", (time.time() + 60, time.time() + 60))
-    assert wait_for(start_in_fork(arguments, out)) == 0
+    run(out, *arguments)
     assert state(out)["state"] == "stopped" and state(out)["step"] == 1
     (out / "STOP").touch()
     os.utime(out / "STOP", (time.time() - 60, time.time() - 60))
-    assert wait_for(start_in_fork(arguments, out)) == 0
+    run(out, *arguments)
     assert_same_run(out, undisturbed)
 
 
 def test_an_end_before_the_newest_checkpoint_is_refused(tmp_path, two_epochs):
     arguments, _ = two_epochs
     out = tmp_path / "out"
-    assert wait_for(start_in_fork(arguments, out, fault="0:3:STOP")) == 0
-    assert wait_for(start_in_fork([*arguments, "train.max_steps=2"], out)) == 1
-    assert "step_00000003 is past it; raise it" in out.with_suffix(".log").read_text()
+    arguments = [*arguments, f"output_dir={out}"]
+    run(out, *arguments, fault="0:3:STOP")
+    assert "step_00000003 is past it; raise it" in run(out, *arguments, "train.max_steps=2", expect=1)
     assert not (out / "model").exists()
     assert state(out)["state"] == "stopped" and "max_steps: 2\n" not in (out / "config.yaml").read_text()
 
@@ -225,15 +230,14 @@ def test_other_conversations_than_the_checkpoint_was_trained_on_are_refused(tmp_
     arguments, out, chats = two_epochs[0], tmp_path / "out", tmp_path / "chats.jsonl"
     path = arguments[1].removeprefix("data.dataset=")
     shutil.copy(path, chats)
-    arguments = [*arguments, f"data.dataset={chats}"]
-    assert wait_for(start_in_fork(arguments, out, fault="0:2:STOP")) == 0
+    arguments = [*arguments, f"data.dataset={chats}", f"output_dir={out}"]
+    run(out, *arguments, fault="0:2:STOP")
     chats.write_text(chats.read_text().replace("Say", "Sing"))
-    assert wait_for(start_in_fork(arguments, out)) == 1
-    said = out.with_suffix(".log").read_text().splitlines()[-1]
+    said = run(out, *arguments, expect=1).splitlines()[-1]
     assert said.startswith("error: ") and "was trained on other conversations" in said
     assert [checkpoint.step_of(folder) for folder in checkpoint.find(out)] == [1, 2]
     chats.write_text(chats.read_text().replace("Sing", "Say"))
-    assert wait_for(start_in_fork(arguments, out)) == 0
+    run(out, *arguments)
     assert_same_run(out, two_epochs[1])
 
 
@@ -262,7 +266,7 @@ def test_a_mixture_has_a_validation_loss_of_each_dataset_beside_the_total(tmp_pa
 @pytest.mark.parametrize("recipe", ["chats", "tools"])
 def test_the_recipes_that_need_nothing_run_as_they_stand(tmp_path, recipe):
     few = ["train.max_steps=3", "validation.exact_match=4", "validation.max_examples=8", "validation.samples=1"]
-    run(tmp_path / "out", f"configs/{recipe}.yaml", f"output_dir={tmp_path}/out", *few, processes=2)
+    run_as_user(tmp_path / "out", f"configs/{recipe}.yaml", f"output_dir={tmp_path}/out", *few, processes=2)
     losses = metrics(tmp_path / "out")
     assert losses[3] < losses[1] and len(metrics(tmp_path / "out", "val/exact_match")) == 2
 

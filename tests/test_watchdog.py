@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from running import ROOT, assert_same_run, metrics, run, state
+from running import ROOT, assert_same_run, metrics, run, run_as_user, state
 
 import checkpoint
 
@@ -30,7 +30,7 @@ def test_a_rank_that_fails_hangs_or_is_gone_ends_all_within_seconds_and_is_named
     arguments, undisturbed = two_epochs
     out, began = tmp_path / "out", time.monotonic()
     arguments = [*arguments, f"output_dir={out}", "cluster.hang_timeout=4"]
-    output = run(out, *arguments, processes=2, expect=1, fault=fault)
+    output = run_as_user(out, *arguments, processes=2, expect=1, fault=fault)
     assert time.monotonic() - began < 45
     errors = [line for line in output.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and re.match(said, errors[0]), output
@@ -44,7 +44,7 @@ def test_a_rank_that_fails_hangs_or_is_gone_ends_all_within_seconds_and_is_named
 def test_a_single_process_that_hangs_ends_too(tmp_path, two_epochs):
     arguments, _ = two_epochs
     out = tmp_path / "out"
-    output = run(out, *arguments, f"output_dir={out}", "cluster.hang_timeout=3", expect=1, fault="0:3:hang")
+    output = run_as_user(out, *arguments, f"output_dir={out}", "cluster.hang_timeout=3", expect=1, fault="0:3:hang")
     assert re.search(r"error: no progress for 3 s .*: at row 1 of 1 after 2 steps, .* in clip_with_fault", output)
     assert state(out)["state"] == "failed"
 
@@ -69,7 +69,7 @@ def test_a_signal_to_any_rank_saves_the_step_of_all_and_ends_with_0(tmp_path, tw
     out, other = tmp_path / "out", tmp_path / "other"
     run(other, *arguments, f"output_dir={other}", processes=2)
     for step, fault in enumerate(["1:1:SIGUSR1", "0:1:SIGTERM", "1:1:SIGINT", "0:1:STOP"], start=1):
-        said = run(out, *arguments, f"output_dir={out}", processes=2, fault=fault)
+        said = run_as_user(out, *arguments, f"output_dir={out}", processes=2, fault=fault)
         assert f"stopped after step {step} (" in said and "the same command goes on from there" in said
         assert state(out)["state"] == "stopped" and state(out)["step"] == step
     run(out, *arguments, f"output_dir={out}", processes=2)
