@@ -24,6 +24,15 @@ from transformers import AutoModelForCausalLM
 ROOT = Path(__file__).parent.parent
 
 
+def gpus() -> list[str]:
+    """What may be in CUDA_VISIBLE_DEVICES, without a call that would keep forks of this process from them."""
+    visible, there = os.environ.get("CUDA_VISIBLE_DEVICES"), len([*Path("/dev").glob("nvidia[0-9]*")])
+    return [name for name in visible.split(",") if name] if there and visible is not None else [*map(str, range(there))]
+
+
+GPUS = gpus()
+
+
 def script(name, *arguments, processes=1, expect=0, said=None, **environment):
     """(standard output, standard error) of a script, from the repository's folder, one thread a process, without a Hub.
     `said`: its standard input."""

@@ -69,6 +69,7 @@ CASES = [(1, None, None), (2, None, None), (2, 4, None), (6, None, None), (2, No
 
 def one_rank(rank, path, ranks):
     """Its slice of the outputs and of the gradients, into a file."""
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=ranks)
     mine, saved, shared = packing.slice_of(TOKENS, rank, ranks), [], {"context_group": dist.group.WORLD}
     for key_heads, window, sinks in CASES:
@@ -85,7 +86,7 @@ def one_rank(rank, path, ranks):
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_that_share_a_row_attend_as_one_alone(tmp_path, ranks):
-    torch.multiprocessing.spawn(one_rank, (str(tmp_path), ranks), ranks)
+    torch.multiprocessing.start_processes(one_rank, (str(tmp_path), ranks), ranks, start_method="fork")
     saved = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
     for case, (key_heads, window, sinks) in enumerate(CASES):
         made = [x.requires_grad_() for x in inputs(key_heads)]
@@ -139,18 +140,3 @@ def test_the_kernel_for_gpus_is_called_as_it_defines_its_arguments(monkeypatch, 
     with torch.autocast("cpu", dtype=torch.bfloat16):  # rotary embeddings hand over float32
         attention.per_document_varlen(torch.nn.Module(), *made, None, documents=ROW)
     assert called[0][1:4] == (torch.int32, [0, *ENDS], 13) and called[1][0] == torch.bfloat16
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("window", [None, 4])
-def test_on_a_gpu_both_kernels_give_the_same_output_and_gradients(window):
-    results, row = [], attention.Documents(ENDS, ROW.starts.cuda())
-    for kernel in (attention.per_document, attention.per_document_varlen):
-        made = [x.to("cuda", torch.bfloat16).requires_grad_() for x in inputs(2)]
-        output, _ = kernel(torch.nn.Module(), *made, None, sliding_window=window, documents=row)
-        output.float().square().sum().backward()
-        results.append([output.detach(), *(x.grad for x in made)])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)
-    wanted = attended(*inputs(2), ENDS, window)
-    torch.testing.assert_close(results[1][0].float().cpu(), wanted, rtol=0.05, atol=0.05)

@@ -66,6 +66,7 @@ def gradients(rank, world_size, rows_of_ranks, examples):
 
 
 def one_rank(rank, path, compute, *arguments):
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
     torch.save(compute(rank, 2, *arguments), f"{path}/{rank}.pt")
     dist.destroy_process_group()
@@ -78,7 +79,8 @@ def one_rank(rank, path, compute, *arguments):
 )
 def test_two_ranks_give_the_gradient_of_one_process(tmp_path, rows_of_ranks):
     examples = Examples([40, 9, 23], [31, 2, 1])
-    torch.multiprocessing.spawn(one_rank, (tmp_path, gradients, rows_of_ranks, examples), nprocs=2)
+    arguments = (tmp_path, gradients, rows_of_ranks, examples)
+    torch.multiprocessing.start_processes(one_rank, arguments, 2, start_method="fork")
     single = gradients(0, 1, [[[0, 1, 2]]], examples)
     for rank in range(2):
         two = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
@@ -260,7 +262,8 @@ def with_unused_weights(rank, world_size):
 
 
 def test_ranks_train_a_model_with_weights_that_text_does_not_reach(tmp_path):
-    torch.multiprocessing.spawn(one_rank, (str(tmp_path), with_unused_weights), 2)
+    arguments = (tmp_path, with_unused_weights)
+    torch.multiprocessing.start_processes(one_rank, arguments, 2, start_method="fork")
     alone = with_unused_weights(0, 1)
     for rank in range(2):
         assert (torch.load(tmp_path / f"{rank}.pt") - alone).norm() / alone.norm() < 1e-6
