@@ -117,7 +117,7 @@ def prepare_for_training(model, config):
     model.config.use_cache = False
     model.train()
     if config.activation_checkpointing:
-        # its newer name, without the warning
+        # (newer versions of transformers warn where it is called by its older name)
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})  # (positional: the keyword was renamed too)
 

@@ -211,7 +211,9 @@ def figures(examples, runs, hashes: list[int], tokenizer, cfg) -> dict:
     lengths, tokens = examples.lengths, int(examples.lengths.sum())
     example, _, last_ids = runs
     special = np.isin(last_ids, sorted(templates.special_ids(tokenizer)))
-    counts, edges = np.histogram(lengths, bins=min(10, int(lengths.max())))
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    ends = np.linspace(shortest - 1, longest, min(10, longest - shortest + 1) + 1).round().astype(int)[1:]
+    counts, _ = np.histogram(lengths, bins=[0, *(ends + 1)])
     return {
         "conversations": len(examples),
         "trained_turns": len(example),
@@ -219,7 +221,7 @@ def figures(examples, runs, hashes: list[int], tokenizer, cfg) -> dict:
         "supervised_tokens": int(examples.supervised.sum()),
         "supervised_share": round(int(examples.supervised.sum()) / tokens, 4),
         "tokens_per_conversation": {f"{q}%": int(np.percentile(lengths, q)) for q in (0, 50, 90, 99, 100)},
-        "length_histogram": [[math.ceil(edge), int(n)] for edge, n in zip(edges[1:], counts, strict=True)],
+        "length_histogram": [[int(end), int(n)] for end, n in zip(ends, counts, strict=True)],
         "overlong": sum(total["overlong"] for total in examples.totals),
         "overlong_are": {"drop": "dropped", "truncate": "truncated", "error": "an error"}[cfg.data.overlong],
         "nothing_to_train": sum(total["nothing_to_train"] for total in examples.totals),

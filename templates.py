@@ -53,7 +53,7 @@ def render_turns(chat_template, messages, tools=None, **variables) -> tuple[str,
         raise ValueError("the chat template does something that cannot be followed: " + ADVICE)
     segments, position = [], 0
     for length, (source, printer, block) in rendered.runs:
-        segments.append(Segment(position, position + length, source, printer if printer >= -1 else -2 - printer, block))
+        segments.append(Segment(position, position + length, source, tracing.printer_of(printer), block))
         position += length
     lost = next((segment for segment in segments if segment.source == tracing.LOST), None)
     if lost:
@@ -193,34 +193,38 @@ def turn_spans(chat: Chat, text: str, segments: list[Segment], i: int) -> list[t
 
 
 def turn_start(chat: Chat, text: str, segments: list[Segment], i: int, first: int) -> int:
-    """Where the generation prompt ends."""
-    start = segments[first].start
-    said = next(k for k in range(first, len(segments) + 1) if k == len(segments) or segments[k].source == 2 * i
-                or segments[k].printer != i)  # fmt: skip
+    """Where the generation prompt ends, by the first of these that holds for what message i prints before it says
+    anything (its head):
+    1. it begins with the prompt that follows a question, or these messages;
+    2. it has that prompt further on, behind a BOS or a default system message;
+    3. all that inference feeds for an answer ends in it;
+    4. the template has no prompt;
+    5. it begins with a part of the prompt, whose rest opens or closes thoughts that this turn has not got."""
+    start, said = segments[first].start, first
+    while said < len(segments) and segments[said].printer == i and segments[said].source != 2 * i:
+        said += 1
     head = text[start : segments[said - 1].end] if said > first else ""
     usual = chat.usual_prompts()
-    for prompt in usual or []:
+    for prompt in usual or []:  # 1
         if head.startswith(prompt):
             return start + len(prompt)
     here = chat.prompts(chat.traced[:i])
     for prompt in here or []:
         if head.startswith(prompt):
             return start + len(prompt)
-    for prompt in [*(usual or []), *(here or [])]:
-        # the first message may print a BOS or a default system message in front of its header
+    for prompt in [*(usual or []), *(here or [])]:  # 2
         if head.count(prompt) == 1 and re.search(r"\w", prompt):
             return start + head.index(prompt) + len(prompt)
     full = chat.fed(chat.traced[:i])
-    if full and text.startswith(full) and start <= len(full) <= start + len(head):
+    if full and text.startswith(full) and start <= len(full) <= start + len(head):  # 3
         return len(full)  # the header was printed by another message, or before the system message was known
-    if not here and not usual or here == []:
+    if not here and not usual or here == []:  # 4
         if usual is None and here is None:
             chat.refuse(
                 i, "the template writes no generation prompt for this conversation or for a question", text, start
             )
         return start
-    for prompt in here or usual:
-        # Thoughts that inference opens (or closes) in the prompt, and that this turn has not got
+    for prompt in here or usual:  # 5
         pieces = re.findall(r"<[^<>\s]*>|\[[^\[\]\s]*\]|\w+|\s|.", prompt)
         kept = ""
         while pieces and head.startswith(kept + pieces[0]):

@@ -297,6 +297,11 @@ def hinted(value, runs, messages):
     return Traced(value, [(length, (tag[0], hint, tag[2]) if tag[1] == NOBODY else tag) for length, tag in runs])
 
 
+def printer_of(printer: int) -> int:
+    """The message that a run's `printer` names, as a hint or not; NOBODY."""
+    return printer if printer >= NOBODY else -2 - printer
+
+
 def mark(text, block: int) -> Traced:
     return Traced(text, [(length, (tag[0], tag[1], block)) for length, tag in runs_of(text)])
 
