@@ -338,6 +338,7 @@ def memory(cfg, tokenizer, world_size: int, gpu_gib: float, row: dict, longest: 
     with FakeTensorMode(), no_init_weights():  # some look at the numbers that they draw
         base_dtype = modelling.base_dtype(cfg.model)
         model = AutoModelForCausalLM.from_config(model_config, dtype=base_dtype, attn_implementation=implementation)
+        model.tie_weights()  # which is left out with the numbers
         modelling.check_vocabulary(model, tokenizer)
         modelling.check_positions(model, *longest)
         modelling.prepare_for_training(model, cfg.model)
@@ -353,6 +354,7 @@ def memory(cfg, tokenizer, world_size: int, gpu_gib: float, row: dict, longest: 
         size = dtype.itemsize  # bytes a number in forward and backward
         if sharded:  # FSDP casts the weights, elsewhere autocast does
             model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=implementation)
+            model.tie_weights()
             modelling.prepare_for_training(model, cfg.model)
         activations = saved_bytes(model, tokens, supervised, max(longest) or tokens, None if sharded else dtype)
 

@@ -63,6 +63,8 @@ def test_the_figures_as_json_are_those_of_the_data(tmp_path):
     assert (report["batches"]["steps_per_epoch"], report["batches"]["steps"]) == (2, 6)
     assert report["stop_tokens"][0] == "<|im_end|>" and report["problems"] == []
     assert any("overlong" in note for note in report["notes"])
+    trained = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(ROOT / "configs/quickstart"))
+    assert report["memory"]["model_weights"] == sum(p.numel() for p in trained.parameters())  # tied ones once
     assert report["left_out"] == {
         "train train": {"content (user)": [0, 8], "content (assistant)": [0, 8], "tools": [1, 1]}
     }
