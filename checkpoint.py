@@ -359,8 +359,8 @@ class Writer:
                 shutil.rmtree(final.with_name(f"unfinished_{final.name}"), ignore_errors=True)
             self.error = OSError(
                 f"the checkpoint of step {step} could not be written below {self.folder} (free there: {free}; "
-                f"is the disk full?): {reason_of(error)}. Earlier checkpoints are whole; make room, and the same "
-                "command goes on from the newest"
+                f"is the disk full?): {reason_of(error)}. What was written before is whole; make room, and the same "
+                "command goes on from there"
             )
 
     def write(self, step, state, figures, final: Path):

@@ -311,6 +311,11 @@ def check(config: Config):
         raise ValueError(f"checkpoint.must_save_by = {checkpoint.must_save_by!r} must be DD:HH:MM:SS, as 00:03:45:00")
     if config.validation.exact_match and not config.validation.every:
         raise ValueError("validation.exact_match needs validation.every: there is no validation to score answers in")
+    if config.model.revision and Path(config.model.name).is_dir():
+        raise ValueError(
+            f"model.revision = {config.model.revision!r} is of a model on the Hub, and model.name = "
+            f"{config.model.name!r} is a folder; leave it out"
+        )
     check_mixture(config.data)
     check_output_dir(config.output_dir, config.data.dataset)
     check_lora(config.model)

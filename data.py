@@ -201,7 +201,10 @@ def load_entries(config, scoring: bool = False) -> list[Entry]:
         if validated and dataset.formatted_ds.get("validation") is not None:  # one of a mixture need not have it
             splits.append("validation")
         for split in splits:
-            if len(dataset.formatted_ds.get(split, ())) == 0:
+            if dataset.formatted_ds.get(split) is None:
+                there = ", ".join(map(repr, dataset.formatted_ds)) or "none"
+                raise ValueError(f"data.dataset = {asked['dataset']!r} has no split {split!r}; it has {there}")
+            if len(dataset.formatted_ds[split]) == 0:
                 raise ValueError(f"data.dataset = {asked['dataset']!r}: the split {split!r} is empty")
         if validated and not splits and not scoring:
             raise ValueError(f"data.dataset = {asked['dataset']!r} has weight 0 and no validation split: leave it out")
@@ -230,11 +233,16 @@ def load_dataset_class(name: str, args: dict):
         module = importlib.util.module_from_spec(spec)
         sys.modules[module_name] = module  # so that worker processes find its functions
         spec.loader.exec_module(module)
-        if not hasattr(module, class_name):
+        if not callable(getattr(module, class_name, None)):
             raise ValueError(f"data.dataset = {name!r}: {path} has no class {class_name}")
         make = getattr(module, class_name)
     elif formats.is_path(name):
         make = functools.partial(Chats, name)
+    elif Path(name).is_file():
+        raise ValueError(
+            f"data.dataset = {name!r}: a file of chats ends in {', '.join(formats.ENDINGS)}; for another kind of file "
+            "write a class, as docs/forking.md does for a spreadsheet"
+        )
     elif name.count("/") == 1 and not name.startswith((".", "/")):
         make = functools.partial(HubChats, name)
     else:
@@ -248,18 +256,26 @@ def load_dataset_class(name: str, args: dict):
         if "argument" in str(error):
             raise ValueError(f"data.args = {args} does not fit data.dataset = {name!r}: {error}") from None
         raise
+    except OSError as error:
+        raise ValueError(f"data.dataset = {name!r} could not be read: {error}") from error
     splits = getattr(dataset, "formatted_ds", None)
     if not isinstance(splits, dict) or not hasattr(getattr(dataset, "task_spec", None), "task_name"):
         raise ValueError(
             f"data.dataset = {name!r}: a dataset class sets formatted_ds, a dict of splits, and task_spec, a "
             "TaskDataSpec; see the README"
         )
+    if not path.endswith(".py"):
+        return dataset
     for split, rows in splits.items():
-        if rows is not None and not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
+        try:
+            if rows is not None and len(rows):
+                rows[0]
+        except (TypeError, LookupError) as error:
             raise ValueError(
                 f"data.dataset = {name!r}: the split {split!r} is a {type(rows).__name__}; it must be a list, or have "
-                "a length and rows by number, as a datasets.Dataset has"
-            )
+                "a length and rows by number, as a datasets.Dataset has "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:100]})"
+            ) from None
     return dataset
 
 
@@ -326,7 +342,8 @@ def check_row(row):
     except UnicodeEncodeError as error:
         raise ValueError(f"has half a character ({error.object[error.start]!r}): a text was cut inside it") from None
     if not isinstance(messages, list) or not messages:
-        found = '"messages" is empty' if messages == [] else 'has no "messages"'
+        found = 'has no "messages"' if messages is None else f'"messages" is a {type(messages).__name__}, not a list'
+        found = '"messages" is empty' if messages == [] else found
         raise ValueError(f'{found}: a row is {{"messages": [{{"role": ..., "content": ...}}, ...]}}')
     if not are_objects(row.get("tools")):
         raise ValueError(f"tools is {str(row['tools'])[:60]!r}, not a list of descriptions of functions")
@@ -405,6 +422,11 @@ def choose_template(config, tokenizer, entries) -> str:
         raise ValueError(
             f"the tokenizer of {config.model.name!r} brings no chat template (or several), nor does the dataset; "
             "set tokenizer.chat_template to Jinja text or the path of a .jinja file"
+        )
+    if "{" not in chat_template:
+        raise ValueError(
+            f"the chat template {chat_template[:200]!r} is neither Jinja text nor the path of a .jinja file "
+            "(tokenizer.chat_template takes either, a class's custom_template the text)"
         )
     try:
         templates.compile_template(chat_template)
@@ -585,8 +607,14 @@ def choose_examples(folder: Path, max_seq_length: int, overlong: str, name: str)
 
 def make_folder(folder: Path, write) -> Path:
     """Make a folder that is either complete or absent: `write` fills it under a temporary name."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-"))
+    except OSError as error:
+        raise ValueError(
+            f"HF_HOME = {huggingface_hub.constants.HF_HOME} cannot be written to ({error.strerror}), and tokens are "
+            "kept there; set it to a folder that can"
+        ) from None
     try:
         write(temporary)
         for path in temporary.iterdir():
@@ -719,8 +747,8 @@ def fingerprint(rows) -> str:
     if isinstance(rows, (formats.Rows, formats.Part)):
         return rows.fingerprint
     digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+    for i in range(len(rows)):  # (what is no row is an error when it is its turn)
+        digest.update(json.dumps(rows[i], ensure_ascii=False, default=repr).encode(errors="replace") + b"\n")
     return digest.hexdigest()
 
 

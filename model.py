@@ -84,7 +84,13 @@ def load(config, device: torch.device, outline: bool = False) -> torch.nn.Module
 
 def class_of(config, model_config):
     """The class of a `config.Model`, whose transformers configuration is given. Raises ValueError where that is no
-    causal language model, or its weights are quantized."""
+    causal language model, or its weights are quantized or not there."""
+    folder, weights = Path(config.name), ("*.safetensors", "*.bin")
+    if folder.is_dir() and not config.from_scratch and not any(path for kind in weights for path in folder.glob(kind)):
+        raise ValueError(
+            f"model.name = {config.name!r} holds no weights (*.safetensors or *.bin); name a folder that does, or set "
+            "model.from_scratch=true for random ones"
+        )
     quantized = getattr(model_config, "quantization_config", None)
     if quantized:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__

@@ -113,7 +113,9 @@ def preview(cfg, options, report: dict, samples: list):
                 sets[split] = examples
     if "train" in sets:
         train = sets["train"]
-        report["left_out"] = left_out(entries, tokenizer)
+        with problem(report):
+            report["left_out"] = left_out(entries, tokenizer)
+        report["trained_header"] = templates.trained_header(tokenizer.chat_template, **tokenizer.special_tokens_map)
         report["stop_tokens"] = tokenizer.convert_ids_to_tokens(data.find_stop_ids(tokenizer, train))
         if "validation" in sets:
             report["overlap"] = overlap(hashes["train"], hashes["validation"])
@@ -252,7 +254,8 @@ def left_out(entries, tokenizer) -> dict:
             found[name] = {}
             count = min(len(rows), COMPARED_ROWS)
             for i in np.random.default_rng(0).choice(len(rows), count, replace=False).tolist():
-                row = data.read_row(rows, i)
+                with data.at_row(rows, name, i):
+                    row = data.read_row(rows, i)
                 tools = row.get("tools") or None
                 for what, missing in templates.left_out(tokenizer.chat_template, row["messages"], tools, **variables):
                     times, there = found[name].get(what, (0, 0))
@@ -310,6 +313,15 @@ def notes(cfg, report: dict) -> list[str]:
                 f"{name}: in up to {COMPARED_ROWS} conversations looked at, the chat template leaves out, wholly or in "
                 f"part, {', '.join(parts)}: what the model does not see, it does not learn"
             )
+    if header := report.get("trained_header"):
+        found.append(
+            f"the chat template has no generation prompt (add_generation_prompt), so the header {header!r} of each "
+            "answer is trained: the model writes it itself"
+        )
+    if cfg.train.warmup_steps >= report.get("batches", {}).get("steps", math.inf):
+        found.append(
+            f"train.warmup_steps = {cfg.train.warmup_steps}: the run ends before train.learning_rate is reached"
+        )
     if report.get("overlap", {}).get("prompts"):
         found.append(
             f"{report['overlap']['prompts']:,} validation prompts are in the training split, "

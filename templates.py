@@ -157,7 +157,9 @@ class Chat:
         raise ValueError(f"messages[{i}]: {what}, at character {place} ({text[place : place + 40]!r}): {ADVICE}")
 
 
-TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, AttributeError, KeyError, IndexError, ValueError, ArithmeticError)
+TEMPLATE_ERRORS = (
+    jinja2.TemplateError, TypeError, AttributeError, LookupError, ValueError, ArithmeticError, RecursionError,
+)  # fmt: skip
 
 
 def common(a, b) -> int:
@@ -451,6 +453,19 @@ def left_out(chat_template: str, messages: list[dict], tools: list[dict] | None 
         all_of_it = 1 if name == "tool_calls" else sum(dense(re.sub(r"<[^<>]*>|\[/?[A-Z_]+\]", "", t)) for t in texts)
         found.append((f"{name} ({message['role']})", printed[source] < all_of_it))
     return found
+
+
+def trained_header(chat_template: str, **variables) -> str:
+    """What stands before an answer to a question and is trained with it, as the template has no generation prompt;
+    else ""."""
+    question, answer = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nobody."}
+    try:
+        text, turns = render_turns(chat_template, [question, answer], **variables)
+        has_prompt = Chat(compile_template(chat_template), [], None, variables).usual_prompts()
+    except ValueError:  # it wants other messages
+        return ""
+    header = text[turns[0][1] : turns[0][2]].partition(answer["content"])[0].strip() if turns else ""
+    return header if not has_prompt and re.search(r"\w", header) else ""
 
 
 def dense(text: str) -> int:

@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import os
+import signal
 import socket
 import sys
 import textwrap
@@ -19,6 +20,10 @@ import traceback
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C in the seconds that the imports take: no traceback
+
+# ruff: noqa: E402
 import numpy as np
 import torch
 import torch.distributed as dist

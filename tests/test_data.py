@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import os
 import signal
 
@@ -76,7 +77,7 @@ def test_many_processes_write_the_tokens_of_one(tmp_path):
 def test_a_killed_process_ends_the_tokenising_with_a_reason(tmp_path):
     class Rows(list):
         def __getitem__(self, i):
-            if i == 700:
+            if i == 700 and multiprocessing.parent_process():  # in a worker
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().__getitem__(i)
 
@@ -106,13 +107,16 @@ def test_a_class_in_any_file_is_a_dataset_if_it_has_what_one_has(tmp_path):
         "\nclass NoSplits:\n    task_spec = TaskDataSpec('half')\n"
         "\nclass NoSpec:\n    formatted_ds = Whole.formatted_ds\n"
         "\nclass Stream(Whole):\n    formatted_ds = {'train': iter([])}\n"
+        "\nclass Columns(Whole):\n    formatted_ds = {'train': {'messages': []}}\n"
+        "\nclass Gone(Whole):\n    def __init__(self):\n        open('gone')\n"
+        "\nvalue = 3\n"
     )
     assert len(data.load_dataset_class(f"{path}:Whole", {}).formatted_ds["train"]) == 1
     for name, said in [
-        ("NoSplits", "sets formatted_ds"),
-        ("NoSpec", "task_spec"),
-        ("Stream", "'train' is a list_iter"),
-    ]:
+        ("NoSplits", "sets formatted_ds"), ("NoSpec", "task_spec"), ("Stream", "'train' is a list_iter"),
+        ("Columns", "'train' is a dict; it must be a list, .* rows by number"), ("value", "has no class value"),
+        ("Gone", "data.dataset = .* could not be read: .*'gone'"),
+    ]:  # fmt: skip
         with pytest.raises(ValueError, match=said):
             data.load_dataset_class(f"{path}:{name}", {})
 
@@ -194,6 +198,26 @@ def test_squad_is_context_question_and_first_answer(monkeypatch):
     assert text == "Context: A b. Question: Who? Answer: Me" and [text[a:b] for a, b in spans] == [" Me"]
 
 
+def test_rows_that_are_made_when_they_are_read_are_read_once_each(tmp_path):
+    class Squares:
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, i):  # without an end of its own
+            return chat(f"{i} times {i}?", str(i * i))
+
+    made = tokens_of(tmp_path, Squares())
+    assert len(made) == 3 and TOKENIZER.decode(made[2][0]).endswith("4<|im_end|>\n")
+
+
+def test_a_file_of_another_kind_is_refused_with_the_kinds_that_are_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/chats.csv").write_text("question,answer\n")
+    with pytest.raises(ValueError, match="a file of chats ends in .jsonl, .* write a class"):
+        data.load_dataset_class("folder/chats.csv", {})
+
+
 def test_a_fraction_is_held_out_the_same_way_each_time(tmp_path):
     path = tmp_path / "chats.jsonl"
     path.write_text("".join(json.dumps(chat(f"{i}?", "Yes.")) + "\n" for i in range(50)))
@@ -226,5 +250,8 @@ def test_a_split_is_needed_where_it_is_read_and_read_nowhere_else(tmp_path):
     assert load(only_validation.replace("weight: 0", "weight: 1"), scoring=True) == [["validation"]]
     with pytest.raises(ValueError, match="has weight 0 and no validation split: leave it out"):
         load(only_validation.replace("HeldOut", "Nothing"), only_train)
+    with pytest.raises(ValueError, match="has no split 'train'; it has 'validation'"):
+        load(only_validation.replace("weight: 0", "weight: 1"))
+    only_validation = only_validation.replace("HeldOut", "Nothing")
     with pytest.raises(ValueError, match="split 'train' is empty"):
         load(only_validation.replace("weight: 0", "weight: 1"))

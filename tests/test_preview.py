@@ -81,6 +81,8 @@ def test_the_figures_as_json_are_those_of_the_data(tmp_path):
         (["--gpu-memory", "0.01"], ["a GPU would need"]),
         (["data.max_seq_length=8"], ["'train'", "nothing to train"]),
         (["model.attention=varlen"], ["model.attention=varlen"]),
+        (["model.from_scratch=false"], ["'configs/quickstart' holds no weights"]),
+        (["tokenizer.chat_template=my.jinja2"], ["is neither Jinja text nor the path of a .jinja file"]),
     ],
 )
 def test_what_would_stop_the_run_is_a_problem_and_exit_code_1(tmp_path, arguments, said):

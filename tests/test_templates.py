@@ -304,3 +304,10 @@ def test_what_a_template_leaves_out_is_told():
     messages[-1]["content"] = [{"type": "text", "text": "Ha"}]
     template = template.replace("message.content.split('</think>')[-1]", "message.content | string")
     assert not any(missing for _, missing in templates.left_out(template, messages, [call]))
+
+
+def test_a_header_that_is_trained_as_there_is_no_prompt_is_told():
+    without = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    assert templates.trained_header(without) == "<assistant>"
+    assert templates.trained_header(without + "{% if add_generation_prompt %}<assistant>{% endif %}") == ""
+    assert templates.trained_header("{% for m in messages %}{{ m.content }} {% endfor %}") == ""
