@@ -756,7 +756,8 @@ def fingerprint(rows) -> str:
 
 
 def collate(examples: Examples, row: list[int], device="cpu", part: int = 0, parts: int = 1) -> dict:
-    """A packed row: documents one after the other.
+    """A packed row: documents one after the other, each up to the position that predicts its last trained token (what
+    follows changes no loss).
 
     input_ids, position_ids (1, tokens) int64, positions that start at 0 in each document; documents: an
     `attention.Documents`; positions (supervised,) int64: where in the row a trained token has to be predicted; targets
@@ -764,17 +765,20 @@ def collate(examples: Examples, row: list[int], device="cpu", part: int = 0, par
     token that trains nothing: one target of -100. Where `parts` ranks share the row, tokens and positions are those in
     the `part`-th slice of it.
     """
-    none = np.array([templates.IGNORE_INDEX])
-    documents = [examples[i] for i in row]
+    documents = []
+    for input_ids, labels in (examples[i] for i in row):
+        predicted = np.append(labels[1:], templates.IGNORE_INDEX)  # at each position
+        end = np.flatnonzero(predicted != templates.IGNORE_INDEX)[-1] + 1
+        documents.append((input_ids[:end], predicted[:end]))
     missing = max(1, parts) - sum(len(ids) for ids, _ in documents)  # each rank has a token at least
-    documents += [(np.zeros(1, dtype=np.int32), none)] * max(0, missing)
+    documents += [(np.zeros(1, dtype=np.int32), np.array([templates.IGNORE_INDEX]))] * max(0, missing)
     lengths = [len(ids) for ids, _ in documents]
     ends = np.cumsum(lengths).tolist()
     mine = packing.slice_of(ends[-1], part, parts)
     input_ids = np.concatenate([ids for ids, _ in documents])[mine]
     position_ids = np.concatenate([np.arange(length) for length in lengths])[mine]
-    labels = np.concatenate([shifted for _, labels in documents for shifted in (labels[1:], none)])[mine]
-    positions = np.flatnonzero(labels != templates.IGNORE_INDEX)
+    predicted = np.concatenate([predicted for _, predicted in documents])[mine]
+    positions = np.flatnonzero(predicted != templates.IGNORE_INDEX)
     positions = positions if len(positions) else np.zeros(1, dtype=np.int64)
 
     def tensor(array, dtype=torch.int64):
@@ -787,5 +791,5 @@ def collate(examples: Examples, row: list[int], device="cpu", part: int = 0, par
         "position_ids": tensor(position_ids)[None],  # (1, tokens)
         "documents": attention.Documents(ends, tensor([0, *ends], torch.int32)),
         "positions": tensor(positions),  # (supervised,)
-        "targets": tensor(labels[positions]),  # (supervised,)
+        "targets": tensor(predicted[positions]),  # (supervised,)
     }

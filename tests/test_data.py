@@ -6,7 +6,6 @@ import signal
 import datasets
 import numpy as np
 import pytest
-import torch
 from transformers import AutoTokenizer
 
 import config
@@ -31,16 +30,16 @@ def tokens_of(tmp_path, rows, **options):
 def test_the_batch_that_reaches_the_model_has_labels_on_the_answers_alone(tmp_path):
     examples = tokens_of(tmp_path, [chat("One?", "First.", "Two?", "Second."), chat("Three?", "Third.")])
     batch = data.collate(examples, [0, 1])
-    ids, end = batch["input_ids"][0], TOKENIZER.convert_tokens_to_ids("<|im_end|>")
-    labels = torch.full_like(ids, -100)
-    labels[batch["positions"]] = batch["targets"]
-    assert batch["position_ids"][0].tolist() == [*range(examples.lengths[0]), *range(examples.lengths[1])]
-    trained = (labels != -100).nonzero().squeeze(1)
-    assert (ids[trained + 1] == labels[trained]).all()  # a position predicts the token behind it
-    assert TOKENIZER.decode(labels[trained]) == "First.<|im_end|>Second.<|im_end|>Third.<|im_end|>"
-    before = [ids[i].item() for i in trained if labels[i - 1] == -100]
-    assert TOKENIZER.decode(before) == "\n\n\n" and (labels == end).sum() == 3  # the first is fed "assistant\n"
-    assert labels[batch["documents"].ends[0] - 1] == -100 == labels[-1]
+    ids, positions, targets = batch["input_ids"][0], batch["positions"].tolist(), batch["targets"]
+    whole = [examples[i][0].tolist() for i in (0, 1)]
+    kept = [len(document) - 2 for document in whole]  # the last end of a turn is predicted, and a line break follows it
+    assert ids.tolist() == whole[0][:-2] + whole[1][:-2] and batch["documents"].ends == [kept[0], sum(kept)]
+    assert batch["position_ids"][0].tolist() == [*range(kept[0]), *range(kept[1])]
+    following = whole[0][1:-1] + whole[1][1:-1]
+    assert [following[position] for position in positions] == targets.tolist()
+    assert TOKENIZER.decode(targets) == "First.<|im_end|>Second.<|im_end|>Third.<|im_end|>"
+    first = [ids[position] for position in positions if position - 1 not in positions]
+    assert TOKENIZER.decode(first) == "\n\n\n"  # a turn is fed up to "assistant\n"
 
 
 def test_a_conversation_of_the_maximal_length_is_kept_and_one_more_is_overlong(tmp_path):

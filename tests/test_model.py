@@ -296,7 +296,7 @@ def test_other_architectures_learn_in_packed_rows_what_they_learn_alone(model_ty
         ("bert", {}, "its tokens see those that come later: no causal language model"),
         ("bert", {"attention": "eager"}, "its tokens see those that come later: no causal language model"),
         ("roberta", {}, "its tokens see"),
-        ("phimoe", {}, "the last 16 tokens by its mask alone, and a document has 21: set data.max_seq_length"),
+        ("phimoe", {}, "the last 16 tokens by its mask alone, and a document has 20: set data.max_seq_length"),
         ("mpt", {"attention": "sdpa"}, "MptForCausalLM computes its attention itself; auto and eager leave it to that"),
     ],
 )
