@@ -342,12 +342,6 @@ def check_output_dir(output_dir: str, dataset: str | list):
 def check_lora(model: Model):
     lora = model.lora
     if not lora.rank:
-        for name, value in dataclasses.asdict(lora).items():
-            if value != getattr(Lora(), name):
-                raise ValueError(
-                    f"model.lora.{name} = {value!r} has no effect with model.lora.rank = 0, which trains all weights: "
-                    "set the rank, or leave the other keys out"
-                )
         return
     if model.from_scratch:
         raise ValueError("model.lora.rank > 0 needs trained weights below it: set model.from_scratch=false")

@@ -1,6 +1,9 @@
 """Dataset classes; conversations in, tokenised and memory-mapped examples out; rows of them as tensors."""
 
+import collections
+import concurrent.futures
 import contextlib
+import ctypes
 import functools
 import hashlib
 import importlib.util
@@ -9,6 +12,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -201,10 +205,17 @@ def load_entries(config, scoring: bool = False) -> list[Entry]:
         if validated and dataset.formatted_ds.get("validation") is not None:  # one of a mixture need not have it
             splits.append("validation")
         for split in splits:
-            if dataset.formatted_ds.get(split) is None:
+            rows = dataset.formatted_ds.get(split)
+            if rows is None:
                 there = ", ".join(map(repr, dataset.formatted_ds)) or "none"
                 raise ValueError(f"data.dataset = {asked['dataset']!r} has no split {split!r}; it has {there}")
-            if len(dataset.formatted_ds[split]) == 0:
+            by_number = hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
+            if not by_number or isinstance(rows, collections.abc.Mapping) or hasattr(rows, "iloc"):
+                raise ValueError(
+                    f"data.dataset = {asked['dataset']!r}: the split {split!r} is a {type(rows).__name__}; it must be "
+                    "a list, or have a length and rows by number, as a datasets.Dataset has"
+                )
+            if len(rows) == 0:
                 raise ValueError(f"data.dataset = {asked['dataset']!r}: the split {split!r} is empty")
         if validated and not splits and not scoring:
             raise ValueError(f"data.dataset = {asked['dataset']!r} has weight 0 and no validation split: leave it out")
@@ -259,23 +270,11 @@ def load_dataset_class(name: str, args: dict):
     except OSError as error:
         raise ValueError(f"data.dataset = {name!r} could not be read: {error}") from error
     splits = getattr(dataset, "formatted_ds", None)
-    if not isinstance(splits, dict) or not hasattr(getattr(dataset, "task_spec", None), "task_name"):
+    if not isinstance(splits, collections.abc.Mapping) or not hasattr(getattr(dataset, "task_spec", None), "task_name"):
         raise ValueError(
             f"data.dataset = {name!r}: a dataset class sets formatted_ds, a dict of splits, and task_spec, a "
             "TaskDataSpec; see the README"
         )
-    if not path.endswith(".py"):
-        return dataset
-    for split, rows in splits.items():
-        try:
-            if rows is not None and len(rows):
-                rows[0]
-        except (TypeError, LookupError) as error:
-            raise ValueError(
-                f"data.dataset = {name!r}: the split {split!r} is a {type(rows).__name__}; it must be a list, or have "
-                "a length and rows by number, as a datasets.Dataset has "
-                f"({type(error).__name__}: {' '.join(str(error).split())[:100]})"
-            ) from None
     return dataset
 
 
@@ -668,14 +667,14 @@ def write_tokens(rows, tokenizer, chat_template, train_on, name: str, workers: i
         ) as bar,
     ):
         # fork: rows and tokenizer are shared with the workers as they are; macOS and Windows go without
-        pool = multiprocessing.get_context("fork").Pool if sys.platform == "linux" and workers > 1 else None
-        if pool is None or len(chunks) < 4:
+        if sys.platform != "linux" or workers == 1 or len(chunks) < 4:
             results = map(encode_chunk, chunks)
             write_results(results, (ids_file, labels_file, lengths_file), digest, bar)
         else:
             global forked
             forked = encode_chunk
-            with pool(workers) as processes:
+            context = multiprocessing.get_context("fork")
+            with concurrent.futures.ProcessPoolExecutor(workers, context, end_with_parent) as processes:
                 results = in_order(processes, chunks)
                 write_results(results, (ids_file, labels_file, lengths_file), digest, bar)
     (folder / "digest").write_text(digest.hexdigest(), encoding="utf-8")
@@ -685,19 +684,28 @@ forked = None  # what the workers of a pool call: inherited by fork, never pickl
 
 
 def in_order(processes, chunks):
-    """What `call_forked` makes of each chunk. (A pool itself waits for ever for what a killed worker had.)"""
-    workers, results = multiprocessing.active_children(), processes.imap(call_forked, chunks)
-    while True:
-        try:
-            yield results.next(timeout=5)
-        except StopIteration:
-            return
-        except multiprocessing.TimeoutError:
-            if killed := [worker for worker in workers if worker.exitcode]:
-                raise ValueError(
-                    f"a process that tokenises ended without a word (exit code {killed[0].exitcode}; -9: killed, "
-                    "perhaps as memory ran out); the same command starts again"
-                ) from None
+    """What `call_forked` makes of each chunk; some chunks ahead are in work, so that memory does not grow."""
+    ahead = collections.deque()
+    try:
+        for chunk in chunks:
+            ahead.append(processes.submit(call_forked, chunk))
+            if len(ahead) > 64:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    except concurrent.futures.process.BrokenProcessPool:
+        raise ValueError(
+            "a process that tokenises ended without a word, as a killed process does (out of memory?); the same "
+            "command starts again"
+        ) from None
+    finally:
+        for future in ahead:
+            future.cancel()
+
+
+def end_with_parent():
+    """Linux kills this worker when its parent ends, however that ends."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of <linux/prctl.h>
 
 
 def call_forked(chunk):

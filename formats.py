@@ -221,7 +221,8 @@ def read_json(text: bytes, where: str):
 def drop_none(value):
     """Without the keys that Arrow adds to a dict because another row has them."""
     if isinstance(value, dict):
-        return {name: drop_none(item) for name, item in value.items() if item is not None}
+        kept = {"content"} if "role" in value else ()  # of a message that only calls tools, it is null
+        return {name: drop_none(item) for name, item in value.items() if item is not None or name in kept}
     return [drop_none(item) for item in value] if isinstance(value, list) else value
 
 

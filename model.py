@@ -454,11 +454,10 @@ class PackedLoss(torch.nn.Module):
         self.context = {} if context_group is None else {"context_group": context_group}
         computed_again = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         if plain_head and not computed_again and not compiled:
-            # Nobody reads what the last block asks for, and makes of it, at the other positions. (Recomputed in the
+            # Nobody reads what the last block computes after its attention at the other positions. (Recomputed in the
             # backward pass, a block would no longer have the positions; and compiled blocks share a graph.)
             block = blocks(model)[-1]
-            parts = [getattr(getattr(block, "self_attn", None), name, None) for name in ("q_proj", "o_proj")]
-            for module in (*parts, getattr(block, "mlp", None)):
+            for module in (getattr(block, "mlp", None), getattr(getattr(block, "self_attn", None), "o_proj", None)):
                 if goes_by_position(module, model):
                     module.register_forward_pre_hook(self.gather)
                     module.register_forward_hook(self.scatter)

@@ -92,6 +92,7 @@ def start_wandb(config, config_dict: dict, id_file: Path, start: int):
     try:
         run = wandb.init(project=config.project, name=config.name, config=config_dict, id=id, resume="allow")
     except wandb.errors.Error as error:
-        raise ValueError(f"wandb did not start: run `wandb login`, or set WANDB_MODE=offline ({error})") from None
+        gone = f"; if its run {id} is gone, delete {id_file}" if id else ""
+        raise ValueError(f"wandb did not start: run `wandb login`, or set WANDB_MODE=offline{gone} ({error})") from None
     id_file.write_text(run.id, encoding="utf-8")
     return run

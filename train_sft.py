@@ -156,14 +156,17 @@ def start_processes(processes: int, output_dir: Path) -> int:
 
 def check_same_start(cfg, prepared):
     """Raises ValueError where a machine's files are not those of the first: each reads its own."""
-    mine = {"configuration": configuration.to_dict(cfg), "chat template": prepared.tokenizer.chat_template}
+    mine = configuration.to_dict(cfg) | {"chat template": prepared.tokenizer.chat_template}
+    mine["data"] |= {"dataset": None, "args": None}  # where data and model are may differ, but not what is there
+    mine["model"] |= {"name": None}
+    mine |= {"cluster": None, "logger": None}
     for name, examples in [("training split", prepared.train_set), ("validation split", prepared.validation_set)]:
         mine[name] = examples and examples.digest
     first = ranks.from_rank_0(mine)
     if differing := [name for name in mine if mine[name] != first[name]]:
         raise ValueError(
-            f"{socket.gethostname()} has another {' and another '.join(differing)} than the first machine: let both "
-            "read the same files (and a dataset class give the same rows each time)"
+            f"{socket.gethostname()} differs from the first machine in: {', '.join(differing)}. Let both read the same "
+            "configuration and files (and a dataset class give the same rows each time)"
         )
 
 

@@ -34,7 +34,6 @@ def test_the_resolved_configuration_is_a_file_that_loads_to_itself(tmp_path):
         ("seed", "KEY=VALUE"),
         ("train..learning_rate=1", "KEY=VALUE"),
         ("train.min_learning_rate=1e-6", "needs train.schedule=linear or cosine"),
-        ("model.lora.targets=[q_proj]", "no effect with model.lora.rank = 0"),
         ("model={name: configs, revision: main}", "model.revision = 'main' is of a model on the Hub"),
         ("train.clip_grad_norm=0", "null switches"),
         ("parallel.replicas=2", "parallel.replicas needs parallel.strategy=fsdp, not auto"),

@@ -8,7 +8,8 @@ import tracking
 def test_all_starts_of_a_run_are_one_run_of_wandb(tmp_path, monkeypatch):
     made = []
 
-    def init(id, **_):
+    def init(id, resume, **_):
+        assert resume == "allow"
         made.append(id or f"new{len(made)}")
         return types.SimpleNamespace(id=made[-1])
 

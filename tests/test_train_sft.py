@@ -103,10 +103,12 @@ def test_a_machine_that_reads_other_files_than_the_first_is_refused(tmp_path, mo
     train_sft.check_same_start(cfg, prepared())
     train_sft.check_same_start(cfg, prepared())
     for other in ("template", "train", "validation"):
-        with pytest.raises(ValueError, match=f"has another (chat )?{other}.* than the first machine"):
+        with pytest.raises(ValueError, match=f"differs from the first machine in: (chat )?{other}"):
             train_sft.check_same_start(cfg, prepared(**{other: "3"}))
-    with pytest.raises(ValueError, match="has another configuration than the first machine"):
-        train_sft.check_same_start(config.load("configs/quickstart.yaml", ["seed=3"]), prepared())
+    with pytest.raises(ValueError, match="differs from the first machine in: seed, train. Let both"):
+        cfg = config.load("configs/quickstart.yaml", ["seed=3", "train.eps=1e-3"])
+        train_sft.check_same_start(cfg, prepared())
+    train_sft.check_same_start(config.load("configs/quickstart.yaml", ["data.dataset=elsewhere.jsonl"]), prepared())
 
 
 @pytest.mark.parametrize(
