@@ -161,14 +161,13 @@ def reading(state: Path):
 def where_to_start(config: dict) -> tuple[Path | None, bool]:
     """(the newest whole checkpoint, whether the run is finished) of `config["output_dir"]`.
 
-    Raises ValueError if the folder holds another run, or something else: neither is ever overwritten.
+    Raises ValueError if the folder holds another run that has trained a step, or something else: neither is ever
+    overwritten.
     """
     name = config["output_dir"]
     output_dir = Path(name)
-    ours = (
-        ".lock",
-        "STOP",
-    )  # may be there before a run is (and .tmp, where one was killed while it wrote its first file)
+    # What may be there before a run is (and .tmp: one was killed while it wrote its first file)
+    ours = (".lock", "STOP")
     if not output_dir.exists() or all(p.name in ours or p.name.endswith(".tmp") for p in output_dir.iterdir()):
         return None, False
     if not (output_dir / "config.yaml").is_file():

@@ -242,9 +242,8 @@ def check_shared_row(model, device: torch.device, group, dtype: torch.dtype):
     starts = torch.tensor([0, tokens], dtype=torch.int32, device=device)
     shared = {"documents": attention.Documents([tokens], starts), "context_group": group}
     with answering(model):
-        whole = (
-            model(ids, position_ids=positions, use_cache=False).logits[:, mine].float()
-        )  # (1, my tokens, vocabulary)
+        # (1, my tokens, vocabulary)
+        whole = model(ids, position_ids=positions, use_cache=False).logits[:, mine].float()
         part = model(ids[:, mine], position_ids=positions[:, mine], **shared, use_cache=False).logits.float()
     off = (part - whole).abs().max() / whole.abs().max()
     dist.all_reduce(off, dist.ReduceOp.MAX)
