@@ -172,8 +172,7 @@ def where_to_start(config: dict) -> tuple[Path | None, bool]:
         return None, False
     if not (output_dir / "config.yaml").is_file():
         raise ValueError(f"output_dir = {name!r} is not empty and holds no run; name another folder")
-    kept = find(output_dir) or has_trained(output_dir) or (output_dir / "model").exists()
-    if read_state(output_dir) and not kept:
+    if read_state(output_dir) and not has_trained(output_dir):
         return None, False  # a run that ended before its first step has nothing to lose
     if config["checkpoint"]["resume"] == "never":
         raise ValueError(f"output_dir = {name!r} holds a run already, and checkpoint.resume is never")
@@ -190,8 +189,10 @@ def where_to_start(config: dict) -> tuple[Path | None, bool]:
 
 
 def has_trained(output_dir: Path) -> bool:
-    """Whether metrics.jsonl has a step."""
+    """Whether there is a checkpoint, a model, or a step in metrics.jsonl."""
     path = output_dir / "metrics.jsonl"
+    if find(output_dir) or (output_dir / "model").exists():
+        return True
     return path.is_file() and '"train/loss"' in path.read_text(encoding="utf-8")
 
 

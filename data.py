@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -205,18 +206,7 @@ def load_entries(config, scoring: bool = False) -> list[Entry]:
         if validated and dataset.formatted_ds.get("validation") is not None:  # one of a mixture need not have it
             splits.append("validation")
         for split in splits:
-            rows = dataset.formatted_ds.get(split)
-            if rows is None:
-                there = ", ".join(map(repr, dataset.formatted_ds)) or "none"
-                raise ValueError(f"data.dataset = {asked['dataset']!r} has no split {split!r}; it has {there}")
-            by_number = hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
-            if not by_number or isinstance(rows, collections.abc.Mapping) or hasattr(rows, "iloc"):
-                raise ValueError(
-                    f"data.dataset = {asked['dataset']!r}: the split {split!r} is a {type(rows).__name__}; it must be "
-                    "a list, or have a length and rows by number, as a datasets.Dataset has"
-                )
-            if len(rows) == 0:
-                raise ValueError(f"data.dataset = {asked['dataset']!r}: the split {split!r} is empty")
+            check_split(asked["dataset"], dataset.formatted_ds, split)
         if validated and not splits and not scoring:
             raise ValueError(f"data.dataset = {asked['dataset']!r} has weight 0 and no validation split: leave it out")
         name = dataset.task_spec.task_name
@@ -229,6 +219,22 @@ def load_entries(config, scoring: bool = False) -> list[Entry]:
             "your own: formatted_ds['validation'])" + ("" if scoring else ", or validation.every=null to train without")
         )
     return [entry for entry in entries if entry.splits]
+
+
+def check_split(name: str, splits: Mapping, split: str):
+    """Raises ValueError unless a dataset has this split, with rows in it."""
+    rows = splits.get(split)
+    if rows is None:
+        there = ", ".join(map(repr, splits)) or "none"
+        raise ValueError(f"data.dataset = {name!r} has no split {split!r}; it has {there}")
+    by_number = hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
+    if not by_number or isinstance(rows, Mapping) or hasattr(rows, "iloc"):  # (pandas: columns by name)
+        raise ValueError(
+            f"data.dataset = {name!r}: the split {split!r} is a {type(rows).__name__}; it must be a list, or have a "
+            "length and rows by number, as a datasets.Dataset has"
+        )
+    if len(rows) == 0:
+        raise ValueError(f"data.dataset = {name!r}: the split {split!r} is empty")
 
 
 def load_dataset_class(name: str, args: dict):
@@ -270,7 +276,7 @@ def load_dataset_class(name: str, args: dict):
     except OSError as error:
         raise ValueError(f"data.dataset = {name!r} could not be read: {error}") from error
     splits = getattr(dataset, "formatted_ds", None)
-    if not isinstance(splits, collections.abc.Mapping) or not hasattr(getattr(dataset, "task_spec", None), "task_name"):
+    if not isinstance(splits, Mapping) or not hasattr(getattr(dataset, "task_spec", None), "task_name"):
         raise ValueError(
             f"data.dataset = {name!r}: a dataset class sets formatted_ds, a dict of splits, and task_spec, a "
             "TaskDataSpec; see the README"

@@ -128,9 +128,9 @@ def identity(config) -> str:
 
 
 def adapter_revision(config) -> str | None:
-    """The Hub commit that a `config.Model` was read from, even if newer ones exist; for a folder, its revision."""
+    """The Hub commit that a `config.Model` was read from, even if newer ones exist; None for a folder."""
     if Path(config.name).is_dir():
-        return config.revision
+        return None
     cached = try_to_load_from_cache(config.name, "config.json", revision=config.revision)
     return Path(cached).parent.name if isinstance(cached, str) else config.revision
 

@@ -278,6 +278,13 @@ def mesh_shape(replicas: int, world_size: int) -> tuple[int, int]:
     return replicas, world_size // replicas
 
 
+def check_parallel(config, world_size: int):
+    """Raises ValueError where so many processes cannot do what the section `parallel` asks for."""
+    mesh_shape(config.parallel.replicas, world_size)
+    if world_size == 1 and config.parallel.cpu_offload:
+        raise ValueError("parallel.cpu_offload needs more than one process: it is a way of FSDP")
+
+
 def make_mesh(replicas: int, world_size: int, device: torch.device) -> DeviceMesh:
     """The processes of FSDP: "shard" and, where there are several groups of them, "replicate" before it."""
     shape = mesh_shape(replicas, world_size)

@@ -147,7 +147,7 @@ def check_surroundings(cfg, world_size: int):
     asked = (cfg.cluster.num_nodes or 1) * (cfg.cluster.gpus_per_node or 1)
     if cfg.cluster.gpus_per_node and asked != world_size:
         raise ValueError(f"`cluster` asks for {asked} processes, --world-size for {world_size}; make them equal")
-    modelling.mesh_shape(cfg.parallel.replicas, world_size)
+    modelling.check_parallel(cfg, world_size)
     if cfg.logger.wandb.enabled and not importlib.util.find_spec("wandb"):
         raise ValueError("logger.wandb.enabled needs `pip install wandb`")
     folder = Path(cfg.output_dir).absolute()
@@ -347,13 +347,18 @@ def memory(cfg, tokenizer, world_size: int, gpu_gib: float, row: dict, longest: 
     implementation = attention.choose(cfg.model, modelling.class_of(cfg.model, model_config), torch.device("cuda"))
     if implementation == "per_document_varlen":
         implementation = "per_document"  # keeps the same tensors, and runs without a GPU
+
+    def made(dtype: torch.dtype):
+        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=implementation)
+        model.tie_weights()  # which is left out with the numbers
+        modelling.prepare_for_training(model, cfg.model)
+        return model
+
     with FakeTensorMode(), no_init_weights():  # some look at the numbers that they draw
         base_dtype = modelling.base_dtype(cfg.model)
-        model = AutoModelForCausalLM.from_config(model_config, dtype=base_dtype, attn_implementation=implementation)
-        model.tie_weights()  # which is left out with the numbers
+        model = made(base_dtype)
         modelling.check_vocabulary(model, tokenizer)
         modelling.check_positions(model, *longest)
-        modelling.prepare_for_training(model, cfg.model)
         vocabulary = model.get_input_embeddings().num_embeddings
         weights, trained = counts(model)
         (in_block, trained_in_block), in_blocks = counts(modelling.blocks(model)[0]), counts(modelling.blocks(model))
@@ -365,9 +370,7 @@ def memory(cfg, tokenizer, world_size: int, gpu_gib: float, row: dict, longest: 
         dtype = modelling.compute_dtype(cfg)
         size = dtype.itemsize  # bytes a number in forward and backward
         if sharded:  # FSDP casts the weights, elsewhere autocast does
-            model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=implementation)
-            model.tie_weights()
-            modelling.prepare_for_training(model, cfg.model)
+            model = made(dtype)
         activations = saved_bytes(model, tokens, supervised, max(longest) or tokens, None if sharded else dtype)
 
     shards = modelling.mesh_shape(cfg.parallel.replicas, world_size)[1] if sharded else 1

@@ -459,13 +459,14 @@ def trained_header(chat_template: str, **variables) -> str:
     """What stands before an answer to a question and is trained with it, as the template has no generation prompt;
     else ""."""
     question, answer = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nobody."}
+    if Chat(compile_template(chat_template), [], None, variables).usual_prompts():
+        return ""
     try:
         text, turns = render_turns(chat_template, [question, answer], **variables)
-        has_prompt = Chat(compile_template(chat_template), [], None, variables).usual_prompts()
     except ValueError:  # it wants other messages
         return ""
     header = text[turns[0][1] : turns[0][2]].partition(answer["content"])[0].strip() if turns else ""
-    return header if not has_prompt and re.search(r"\w", header) else ""
+    return header if re.search(r"\w", header) else ""
 
 
 def dense(text: str) -> int:

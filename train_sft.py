@@ -511,9 +511,7 @@ def load_model(cfg, device, prepared: Prepared):
     """(the model on the CPU, or without weights where rank 0 will share its own; "ddp" or "fsdp")."""
     rank, world_size = ranks.rank_and_size()
     outline, strategy = None, "ddp"  # one process has nothing to shard
-    modelling.mesh_shape(cfg.parallel.replicas, world_size)
-    if world_size == 1 and cfg.parallel.cpu_offload:
-        raise ValueError("parallel.cpu_offload needs more than one process: it is a way of FSDP")
+    modelling.check_parallel(cfg, world_size)
     if world_size > 1 and cfg.parallel.strategy != "ddp":
         outline = modelling.load(cfg.model, device, outline=True)
         gpu_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None

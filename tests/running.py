@@ -79,22 +79,20 @@ def run_as_user(tmp_path, *arguments, processes=1, expect=0, fault=None, **envir
 def run(tmp_path, *arguments, processes=1, expect=0, fault=None):
     """The same, in forks of this process, which have everything loaded and are told what torchrun tells: takes seconds
     less."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    told = [{}]
+    if processes > 1:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # (as long as the ranks live)
+        group = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "GROUP_RANK": 0}
+        group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_RUN_ID": "none"}
+        group |= {"TORCHELASTIC_RESTART_COUNT": 0, "TORCHELASTIC_USE_AGENT_STORE": True}
+        told = [group | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
     with tempfile.TemporaryDirectory() as folder:
-        log, pids = Path(folder) / "log", []
-        for rank in range(processes):
-            told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-            told |= {"GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
-            told |= {f"TORCHELASTIC_{name}": value for name, value in TORCHELASTIC.items()}
-            told = told if processes > 1 else {}
-            pids.append(start_in_fork(arguments, tmp_path.parent / "hf", log, fault, **told))
+        log, home = Path(folder) / "log", tmp_path.parent / "hf"
+        pids = [start_in_fork(arguments, home, log, fault, **environment) for environment in told]
         codes = [wait_for(pid) for pid in pids]
         said = log.read_text()
     assert max(codes) == expect and {*codes} <= {0, expect}, said
     return said
-
-
-TORCHELASTIC = {"RUN_ID": "none", "RESTART_COUNT": 0, "USE_AGENT_STORE": True}
 
 
 def metrics(output_dir, name="train/loss"):

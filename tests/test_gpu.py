@@ -19,7 +19,11 @@ def train(folder, *arguments, gpus=1):
         folder, *FEW, *arguments, f"output_dir={folder}", processes=gpus, CUDA_VISIBLE_DEVICES=",".join(GPUS[:gpus])
     )
     assert f"over {gpus} process(es) on cuda" in said
-    return {**metrics(folder), **{f"validated after {k}": v for k, v in metrics(folder, "val/loss").items()}}
+    return losses(folder)
+
+
+def losses(folder):
+    return metrics(folder) | {f"validated after {k}": v for k, v in metrics(folder, "val/loss").items()}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +31,7 @@ def wanted(tmp_path_factory):
     """The losses of a run on the CPU in float32."""
     folder = tmp_path_factory.mktemp("cpu") / "out"
     run_as_user(folder, *FEW, f"output_dir={folder}")
-    return {**metrics(folder), **{f"validated after {k}": v for k, v in metrics(folder, "val/loss").items()}}
+    return losses(folder)
 
 
 @pytest.mark.parametrize(

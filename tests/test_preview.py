@@ -80,6 +80,7 @@ def test_the_figures_as_json_are_those_of_the_data(tmp_path):
         (["parallel.context=8", "--world-size", "8"], ["parallel.context = 8 does not divide the model's 4 attention"]),
         (["--gpu-memory", "0.01"], ["a GPU would need"]),
         (["data.max_seq_length=8"], ["'train'", "nothing to train"]),
+        (["parallel.strategy=fsdp", "parallel.cpu_offload=true"], ["cpu_offload needs more than one process"]),
         (["model.attention=varlen"], ["model.attention=varlen"]),
         (["model.from_scratch=false"], ["'configs/quickstart' holds no weights"]),
         (["tokenizer.chat_template=my.jinja2"], ["is neither Jinja text nor the path of a .jinja file"]),
