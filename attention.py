@@ -80,9 +80,7 @@ def attend(
         documents = Documents([tokens], torch.tensor([0, tokens], dtype=torch.int32, device=query.device))
     others |= {"attention_mask": attention_mask, "sliding_window": sliding_window}
     refuse_unknown(module, others, max(documents.lengths))
-    kind = query.device.type
-    if torch.is_autocast_enabled(kind):  # rotary embeddings have made float32 of query and key
-        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
+    query, key = (x.to(value.dtype) for x in (query, key))  # some rotary embeddings have made float32 of them
     if context_group is not None:
         query, key, value = tokens_for_heads(query, key, value, documents.ends[-1], context_group)
         if s_aux is not None:

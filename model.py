@@ -367,7 +367,7 @@ def reaches_every_weight(loss, config, device: torch.device) -> bool:
     reads text alone, nor experts that no token is sent to. The same on all ranks."""
     context = config.parallel.context
     row = data.collate(None, [], device, dist.get_rank() % context, context)
-    with precision(config, "ddp", device):
+    with computing_in(compute_dtype(config), loss):
         loss(row).backward()
     reached = all(p.grad is not None for p in loss.parameters() if p.requires_grad)
     loss.zero_grad(set_to_none=True)
@@ -420,29 +420,25 @@ def compute_dtype(config) -> torch.dtype:
     return getattr(torch, config.model.dtype)
 
 
-def precision(config, strategy: str, device: torch.device):
-    """FSDP casts the weights itself; elsewhere autocast does."""
-    if strategy == "fsdp" or config.model.dtype == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=compute_dtype(config))
-
-
-def grouped_mm_in_autocast(kind: str):
-    """The product of the experts of a mixture, in autocast's dtype as every other product there: torch leaves it out,
-    and it would be computed in the float32 of the weights. (So it still is in compiled blocks, where transformers takes
-    another way; not with FSDP, which casts the weights.)"""
-
-    def grouped_mm(a, b, offs=None, bias=None, out_dtype=None):
-        dtype = torch.get_autocast_dtype(kind)
-        with torch.autocast(kind, enabled=False):
-            return torch.ops.aten._grouped_mm(a.to(dtype), b.to(dtype), offs, bias, out_dtype)
-
-    return grouped_mm
-
-
-AUTOCAST = torch.library.Library("aten", "IMPL")  # (as long as it lives)
-AUTOCAST.impl("_grouped_mm", grouped_mm_in_autocast("cpu"), "AutocastCPU")
-AUTOCAST.impl("_grouped_mm", grouped_mm_in_autocast("cuda"), "AutocastCUDA")
+@contextlib.contextmanager
+def computing_in(dtype: torch.dtype, model):
+    """The model computes with copies of its weights in `dtype`, made once, while the gradients go to the weights
+    themselves, which stay float32. (FSDP does the same by itself, a block at a time; autocast would keep the sums
+    between blocks in float32, and cast each product's inputs.)"""
+    kept = [
+        (module._parameters, name, p)
+        for module in model.modules()
+        for name, p in module._parameters.items()
+        if p is not None and p.is_floating_point() and p.dtype != dtype and not isinstance(p, DTensor)
+    ]
+    copies = {p: p.to(dtype) for _, _, p in kept}
+    for parameters, name, p in kept:
+        parameters[name] = copies[p]
+    try:
+        yield
+    finally:
+        for parameters, name, p in kept:
+            parameters[name] = p
 
 
 # ---- loss and optimizer ----------------------------------------------------------------------------------------------
@@ -506,30 +502,27 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, with_gradient: bool):
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        h, w = hidden.to(dtype), weight.to(dtype)
+        h, w = hidden.to(weight.dtype), weight
         for_hidden, for_weight = (with_gradient and needed for needed in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(h) if for_hidden else None
         grad_weight = None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        with torch.autocast(kind, enabled=False):
-            for rows in range(0, len(h), max(1, HeadLoss.LOGITS // len(w))):
-                chunk = slice(rows, rows + max(1, HeadLoss.LOGITS // len(w)))
-                log_p = (h[chunk] @ w.T).float().log_softmax(1)  # (chunk, vocabulary)
-                counted = (targets[chunk] != IGNORE_INDEX)[:, None]  # (chunk, 1)
-                index = targets[chunk, None].clamp(min=0)
-                loss -= (log_p.gather(1, index) * counted).sum()
-                if not (for_hidden or for_weight):
-                    continue
-                # the gradient of the logits: softmax minus one at the target
-                gradient = log_p.exp_().scatter_add_(1, index, -torch.ones_like(index, dtype=log_p.dtype))
-                gradient = gradient.to(dtype).mul_(counted)
-                if for_hidden:
-                    torch.mm(gradient, w, out=grad_hidden[chunk])
-                if for_weight:
-                    part = gradient.T @ h[chunk]  # (vocabulary, hidden)
-                    grad_weight = part.float() if grad_weight is None else grad_weight.add_(part)
+        for rows in range(0, len(h), max(1, HeadLoss.LOGITS // len(w))):
+            chunk = slice(rows, rows + max(1, HeadLoss.LOGITS // len(w)))
+            log_p = (h[chunk] @ w.T).float().log_softmax(1)  # (chunk, vocabulary)
+            counted = (targets[chunk] != IGNORE_INDEX)[:, None]  # (chunk, 1)
+            index = targets[chunk, None].clamp(min=0)
+            loss -= (log_p.gather(1, index) * counted).sum()
+            if not (for_hidden or for_weight):
+                continue
+            # the gradient of the logits: softmax minus one at the target
+            gradient = log_p.exp_().scatter_add_(1, index, -torch.ones_like(index, dtype=log_p.dtype))
+            gradient = gradient.to(w.dtype).mul_(counted)
+            if for_hidden:
+                torch.mm(gradient, w, out=grad_hidden[chunk])
+            if for_weight:
+                part = gradient.T @ h[chunk]  # (vocabulary, hidden)
+                grad_weight = part if grad_weight is None else grad_weight.float().add_(part)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
         return loss

@@ -348,15 +348,11 @@ def memory(cfg, tokenizer, world_size: int, gpu_gib: float, row: dict, longest: 
     if implementation == "per_document_varlen":
         implementation = "per_document"  # keeps the same tensors, and runs without a GPU
 
-    def made(dtype: torch.dtype):
-        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=implementation)
-        model.tie_weights()  # which is left out with the numbers
-        modelling.prepare_for_training(model, cfg.model)
-        return model
-
     with FakeTensorMode(), no_init_weights():  # some look at the numbers that they draw
         base_dtype = modelling.base_dtype(cfg.model)
-        model = made(base_dtype)
+        model = AutoModelForCausalLM.from_config(model_config, dtype=base_dtype, attn_implementation=implementation)
+        model.tie_weights()  # which is left out with the numbers
+        modelling.prepare_for_training(model, cfg.model)
         modelling.check_vocabulary(model, tokenizer)
         modelling.check_positions(model, *longest)
         vocabulary = model.get_input_embeddings().num_embeddings
@@ -369,9 +365,8 @@ def memory(cfg, tokenizer, world_size: int, gpu_gib: float, row: dict, longest: 
         sharded = strategy == "fsdp" and world_size > 1
         dtype = modelling.compute_dtype(cfg)
         size = dtype.itemsize  # bytes a number in forward and backward
-        if sharded:  # FSDP casts the weights, elsewhere autocast does
-            model = made(dtype)
-        activations = saved_bytes(model, tokens, supervised, max(longest) or tokens, None if sharded else dtype)
+        with modelling.computing_in(dtype, model):
+            activations = saved_bytes(model, tokens, supervised, max(longest) or tokens)
 
     shards = modelling.mesh_shape(cfg.parallel.replicas, world_size)[1] if sharded else 1
     held = 0 if sharded and cfg.parallel.cpu_offload else 1
@@ -379,11 +374,12 @@ def memory(cfg, tokenizer, world_size: int, gpu_gib: float, row: dict, longest: 
         "weights": held * (base_dtype.itemsize * (weights - trained) + 4 * trained) / shards,
         "gradients": held * 4 * trained / shards,
         "optimizer": held * 8 * trained / shards,
-        # FSDP gathers a block while the one before runs, and reduces a block's gradients in float32
-        "gathered": (
+        # of the weights, in the dtype of forward and backward; FSDP makes a block's while the one before runs, and
+        # reduces a block's gradients in float32
+        "copies": (
             2 * size * (root + in_block) + size * trained_in_block + 4 * max(trained_root, trained_in_block)
             if sharded
-            else 0
+            else size * ((dtype != base_dtype) * (weights - trained) + (dtype != torch.float32) * trained)
         ),
         "activations": activations,
         # a chunk's logits and their logarithms in float32, and what it adds to the output layer's gradient
@@ -407,7 +403,7 @@ def counts(module) -> tuple[int, int]:
     return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
 
 
-def saved_bytes(model, tokens: int, supervised: int, longest: int, autocast: torch.dtype | None) -> int:
+def saved_bytes(model, tokens: int, supervised: int, longest: int) -> int:
     """Bytes that the forward pass of one row keeps for the backward pass, without the weights themselves. `longest`:
     tokens of the longest document."""
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
@@ -420,11 +416,7 @@ def saved_bytes(model, tokens: int, supervised: int, longest: int, autocast: tor
         return tensor
 
     ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
-    cast = autocast is not None and autocast != torch.float32
-    with (
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        torch.autocast("cpu", dtype=autocast) if cast else contextlib.nullcontext(),
-    ):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         positions = torch.zeros(max(1, supervised), dtype=torch.long)
         ends = [*range(longest, tokens, longest), tokens]
         documents = attention.Documents(ends, torch.tensor([0, *ends], dtype=torch.int32))
@@ -493,7 +485,7 @@ def lines(report: dict) -> list[str]:
         ]
     if "memory" in report:
         part = report["memory"]
-        names = ("weights", "gradients", "optimizer", "gathered", "activations", "loss_gradient")
+        names = ("weights", "gradients", "optimizer", "copies", "activations", "loss_gradient")
         parts = ", ".join(f"{name.replace('_', ' ')} {part[f'{name}_gib']:,}" for name in names)
         out += [
             f"memory per GPU, expected: {part['total_gib']:,} of {part['gpu_gib']:,} GiB "

@@ -313,7 +313,8 @@ def train(cfg, device, prepared: Prepared, folder: Path | None, watchdog, began:
     steps_per_epoch, steps = packing.steps_of_run(train_set.counts, train_set.weights, cfg.train)
 
     watchdog.at("loading the model")
-    model, parallel_model, optimizer, strategy, autocast, can_pack, base = build(cfg, device, prepared, folder)
+    model, parallel_model, optimizer, strategy, can_pack, base = build(cfg, device, prepared, folder)
+    precision = functools.partial(modelling.computing_in, modelling.compute_dtype(cfg), model)
     adapter = getattr(model, "adapter_config", None)
     empty = modelling.skeleton(model.config, model.generation_config, modelling.compute_dtype(cfg), adapter)
     writer = checkpoint.Writer(
@@ -358,7 +359,7 @@ def train(cfg, device, prepared: Prepared, folder: Path | None, watchdog, began:
     def validate(step: int):
         model.eval()
         sums = torch.zeros(len(parts), dtype=torch.float64, device=device)
-        with torch.no_grad(), autocast:
+        with torch.no_grad(), precision():
             for i, (k, row) in enumerate(validation_rows):
                 watchdog.at(f"validation row {i + 1} of {len(validation_rows)}")
                 sums[k] += parallel_model(collate(validation_set, row))
@@ -370,7 +371,7 @@ def train(cfg, device, prepared: Prepared, folder: Path | None, watchdog, began:
         figures = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700)), "val/supervised_tokens": sum(tokens)}
         if len(parts) > 1:
             figures |= {f"val/loss/{n}": s / t for n, s, t in zip(validation_set.names, sums, tokens, strict=True)}
-        with autocast:
+        with precision():
             if to_score and step in (0, steps):
                 scores = evaluate.score(to_score, answers_to(to_score), validation_set.names)
                 figures |= {f"val/{name}": value for name, value in scores.items()}
@@ -392,7 +393,8 @@ def train(cfg, device, prepared: Prepared, folder: Path | None, watchdog, began:
     if isinstance(parallel_model, DistributedDataParallel):
         # DDP rebuilds its buckets after its first backward pass, and sums then round differently. So make a pass over
         # an empty row, which changes nothing: the first step after a start is then computed as in the middle of a run
-        forward_backward(parallel_model, [[]], functools.partial(collate, train_set), autocast, 1.0)
+        with precision():
+            forward_backward(parallel_model, [[]], functools.partial(collate, train_set), 1.0)
         optimizer.zero_grad(set_to_none=True)
     watchdog.may_stop_at_once = False
     slowest = 0.0  # seconds of a step, with its validation and saving
@@ -407,9 +409,10 @@ def train(cfg, device, prepared: Prepared, folder: Path | None, watchdog, began:
         torch.manual_seed(((cfg.seed * 1_000_003 + step) * 65_537 + rank) % 2**63)  # dropout: from (seed, step, rank)
 
         # Gradients are averaged over ranks, so their sum over the global count needs the factor world_size
-        losses = forward_backward(
-            parallel_model, rows, functools.partial(collate, train_set), autocast, world_size / supervised, watchdog.at
-        )
+        with precision():
+            losses = forward_backward(
+                parallel_model, rows, functools.partial(collate, train_set), world_size / supervised, watchdog.at
+            )
         norm = clip(model, cfg.train.clip_grad_norm)
 
         watchdog.at("summing up")
@@ -478,7 +481,6 @@ class Built(NamedTuple):
     parallel_model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     strategy: str
-    autocast: contextlib.AbstractContextManager
     can_pack: bool
     base: str | None
 
@@ -496,15 +498,14 @@ def build(cfg, device, prepared: Prepared, folder: Path | None) -> Built:
     if folder:
         check_base(folder, cfg.model.name, base)
         checkpoint.load(folder, model, optimizer)
-    autocast = modelling.precision(cfg, strategy, device)
-    with autocast:
+    with modelling.computing_in(dtype, model):
         can_pack = modelling.keeps_documents_apart(model, device, dtype)
         if context_group:
             modelling.check_shared_row(model, device, context_group, dtype)
     can_pack = ranks.from_rank_0(can_pack)  # ranks may measure differently, by rounding
     if rank == 0 and not can_pack:
         print("packed documents would see each other in this model: each row holds one document")
-    return Built(model, parallel_model, optimizer, strategy, autocast, can_pack, base)
+    return Built(model, parallel_model, optimizer, strategy, can_pack, base)
 
 
 def load_model(cfg, device, prepared: Prepared):
@@ -526,7 +527,7 @@ def load_model(cfg, device, prepared: Prepared):
     return model, strategy
 
 
-def forward_backward(parallel_model, rows, collate, autocast, scale: float, note_place=lambda place: None):
+def forward_backward(parallel_model, rows, collate, scale: float, note_place=lambda place: None):
     """Add the gradients of `scale` times the token losses of this rank's rows, which `collate` makes batches of.
     Returns the summed token losses of each row, float64 (rows,). `note_place` is told which row comes next."""
     losses = []
@@ -534,8 +535,7 @@ def forward_backward(parallel_model, rows, collate, autocast, scale: float, note
         note_place(f"row {i + 1} of {len(rows)}")
         more = isinstance(parallel_model, DistributedDataParallel) and i < len(rows) - 1
         with parallel_model.no_sync() if more else contextlib.nullcontext():
-            with autocast:
-                loss = parallel_model(collate(row))
+            loss = parallel_model(collate(row))
             (loss * scale).backward()
         losses.append(loss.detach().double())
     return torch.stack(losses)

@@ -1,11 +1,13 @@
 """The scripts as a user runs them, or in forks of this process, and what a run left behind."""
 
 import contextlib
+import faulthandler
 import io
 import json
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -81,14 +83,19 @@ def run(tmp_path, *arguments, processes=1, expect=0, fault=None):
     less."""
     told = [{}]
     if processes > 1:
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # (as long as the ranks live)
+        listening = socket.create_server(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
         group = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "GROUP_RANK": 0}
-        group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_RUN_ID": "none"}
+        group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"}
         group |= {"TORCHELASTIC_RESTART_COUNT": 0, "TORCHELASTIC_USE_AGENT_STORE": True}
         told = [group | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
     with tempfile.TemporaryDirectory() as folder:
         log, home = Path(folder) / "log", tmp_path.parent / "hf"
         pids = [start_in_fork(arguments, home, log, fault, **environment) for environment in told]
+        if processes > 1:  # after the forks: its thread may hold a lock of the C library, which they would never get
+            store = dist.TCPStore(  # noqa: F841 (as long as the ranks live)
+                "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
+            )
         codes = [wait_for(pid) for pid in pids]
         said = log.read_text()
     assert max(codes) == expect and {*codes} <= {0, expect}, said
@@ -111,6 +118,7 @@ def start_in_fork(arguments, home: Path, log: Path, fault=None, kill_at_event=No
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1), os.dup2(file, 2)
         sys.stdout = sys.stderr = open(1, "w", closefd=False)
+        faulthandler.dump_traceback_later(200, exit=True)  # where it hangs
         torch.set_num_threads(1)
         os.chdir(ROOT)
         os.environ.update({name: str(value) for name, value in environment.items()}, FAULT=fault or "-1:0:")

@@ -1,4 +1,4 @@
-import contextlib
+import copy
 import functools
 import json
 import math
@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
@@ -61,7 +60,7 @@ def gradients(rank, world_size, rows_of_ranks, examples):
     loss = modelling.PackedLoss(model, plain_head=True)
     parallel = DistributedDataParallel(loss) if world_size > 1 else loss
     collate, scale = functools.partial(data.collate, examples), world_size / int(examples.supervised.sum())
-    train_sft.forward_backward(parallel, rows_of_ranks[rank], collate, contextlib.nullcontext(), scale)
+    train_sft.forward_backward(parallel, rows_of_ranks[rank], collate, scale)
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
@@ -106,12 +105,12 @@ def test_the_loss_of_a_packed_row_is_the_sum_of_its_documents_losses():
 def test_a_step_waits_for_no_number_of_the_gpu(kernel):
     """Fake tensors have no numbers, and raise where one is asked for. (The kernel for GPUs has a fake of its own.)"""
     examples = Examples([40, 9, 23], [31, 2, 1])
-    with FakeTensorMode(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with FakeTensorMode():
         model = tiny_llama()
         model.set_attn_implementation(kernel)
         loss, optimizer = modelling.PackedLoss(model, plain_head=True), modelling.make_optimizer(model, CFG.train)
-        collate = functools.partial(data.collate, examples)
-        losses = train_sft.forward_backward(loss, [[0, 1], [2], []], collate, contextlib.nullcontext(), 0.1)
+        with modelling.computing_in(torch.bfloat16, model):
+            losses = train_sft.forward_backward(loss, [[0, 1], [2], []], functools.partial(data.collate, examples), 0.1)
         norm = train_sft.clip(model, 1.0)
         optimizer.step()
         for unknown in (losses[0], norm):
@@ -120,8 +119,26 @@ def test_a_step_waits_for_no_number_of_the_gpu(kernel):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_a_loss_in_chunks_has_the_gradients_of_the_whole_matrix(monkeypatch, tied, autocast):
+def test_in_bfloat16_a_model_computes_as_one_of_bfloat16_and_its_own_weights_get_float32_gradients(tied):
+    model, ids = tiny_llama(tied), torch.arange(8)[None]
+    before = dict(model.named_parameters(remove_duplicate=False))
+    rounded = copy.deepcopy(model).bfloat16()
+    for made in (model, rounded):
+        with modelling.computing_in(torch.bfloat16, made):
+            assert made.dtype == torch.bfloat16
+            for part in (ids, ids + 1):  # two rows add up
+                made(ids, labels=part).loss.backward()
+    with modelling.computing_in(torch.bfloat16, model):
+        assert torch.equal(model(ids).logits, rounded(ids).logits)
+    assert dict(model.named_parameters(remove_duplicate=False)) == before
+    for (name, p), other in zip(model.named_parameters(), rounded.parameters(), strict=True):
+        assert p.grad.dtype == torch.float32, name
+        torch.testing.assert_close(p.grad, other.grad.float(), rtol=0.02, atol=1e-3)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loss_in_chunks_has_the_gradients_of_the_whole_matrix(monkeypatch, tied, dtype):
     examples = Examples([40, 9, 23], [31, 2, 1])
     losses, gradients = [], []
     for plain_head, logits in ((False, 2**26), (True, 2**26), (True, 64 * 5)):
@@ -129,16 +146,17 @@ def test_a_loss_in_chunks_has_the_gradients_of_the_whole_matrix(monkeypatch, tie
         model = tiny_llama(tied)
         assert modelling.has_plain_head(model)
         loss = modelling.PackedLoss(model, plain_head)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        with modelling.computing_in(dtype, model):
             value = loss(data.collate(examples, [0, 1, 2]))
         (value * 0.3).backward()
-        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        with torch.no_grad(), modelling.computing_in(dtype, model):
             assert torch.equal(loss(data.collate(examples, [0, 1, 2])), value.detach())
         losses.append(value.item())
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert losses == pytest.approx([losses[0]] * 3, rel=1e-2 if autocast else 1e-6)
+    rounding = {torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
+    assert losses == pytest.approx([losses[0]] * 3, rel=rounding)
     for gradient in gradients[1:]:
-        assert (gradient - gradients[0]).norm() / gradients[0].norm() < (2e-2 if autocast else 1e-6)
+        assert (gradient - gradients[0]).norm() / gradients[0].norm() < rounding
 
 
 def test_a_head_with_a_cap_a_scale_or_a_bias_is_left_to_the_model():
@@ -253,7 +271,7 @@ def with_unused_weights(rank, world_size):
     rows, sums = ([[0, 1, 2, 3]] if world_size == 1 else [[[0, 1]], [[2, 3]]][rank]), []
     for _ in range(2):
         collate = functools.partial(data.collate, architectures.documents())
-        train_sft.forward_backward(parallel, rows, collate, contextlib.nullcontext(), world_size)
+        train_sft.forward_backward(parallel, rows, collate, world_size)
         sums.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
         model.zero_grad(set_to_none=True)
     unused = {name for name, p in model.named_parameters() if "vision_tower" in name or "projector" in name}
@@ -267,15 +285,6 @@ def test_ranks_train_a_model_with_weights_that_text_does_not_reach(tmp_path):
     alone = with_unused_weights(0, 1)
     for rank in range(2):
         assert (torch.load(tmp_path / f"{rank}.pt") - alone).norm() / alone.norm() < 1e-6
-
-
-def test_experts_are_computed_in_the_dtype_of_the_run():
-    x, w, ends = torch.randn(8, 16), torch.randn(2, 16, 32), torch.tensor([3, 8], dtype=torch.int32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        made = F.grouped_mm(x, w, offs=ends)
-    assert made.dtype == torch.bfloat16 and F.grouped_mm(x, w, offs=ends).dtype == torch.float32
-    wanted = torch.cat([x[:3].bfloat16() @ w[0].bfloat16(), x[3:].bfloat16() @ w[1].bfloat16()])
-    torch.testing.assert_close(made, wanted)
 
 
 @pytest.mark.parametrize(

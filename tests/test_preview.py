@@ -112,5 +112,6 @@ def test_the_memory_of_fake_tensors_is_that_of_real_ones(checkpointing):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="per_document")
             settings = configuration.load(None, [f"model.activation_checkpointing={str(checkpointing).lower()}"])
             modelling.prepare_for_training(model, settings.model)
-            measured.append(preview.saved_bytes(model, 300, 40, 300, torch.bfloat16))
+            with modelling.computing_in(torch.bfloat16, model):
+                measured.append(preview.saved_bytes(model, 300, 40, 300))
     assert measured[0] == measured[1] > 300 * config.hidden_size * config.num_hidden_layers
