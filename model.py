@@ -323,11 +323,11 @@ def parallelise(model, config, strategy: str, world_size: int, device: torch.dev
         plain, ties = follow_rank_0(model)
     else:
         plain = has_plain_head(model.to(device))
-    loss = PackedLoss(model, plain, config.model.compile, context_group)
+    loss = PackedLoss(model, plain, context_group)
     if config.model.compile:
         # blocks share their code, and some differ: past the limit they would be computed uncompiled, without a word
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        for block in blocks(model):
+        for block in blocks(model)[: -1 if loss.gathers else None]:  # (blocks share a graph, and the last one differs)
             block.compile(dynamic=True)
     if strategy == "fsdp":
         options = {
@@ -450,19 +450,20 @@ class PackedLoss(torch.nn.Module):
     `has_plain_head`; `context_group`: the ranks that share the row, each with its part of it and of the loss.
     """
 
-    def __init__(self, model, plain_head: bool, compiled: bool = False, context_group=None):
+    def __init__(self, model, plain_head: bool, context_group=None):
         super().__init__()
         self.model, self.plain_head, self.positions, self.tokens = model, plain_head, None, 0
         self.context = {} if context_group is None else {"context_group": context_group}
         computed_again = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-        if plain_head and not computed_again and not compiled:
-            # Nobody reads what the last block computes after its attention at the other positions. (Recomputed in the
-            # backward pass, a block would no longer have the positions; and compiled blocks share a graph.)
-            block = blocks(model)[-1]
-            for module in (getattr(block, "mlp", None), getattr(getattr(block, "self_attn", None), "o_proj", None)):
-                if goes_by_position(module, model):
-                    module.register_forward_pre_hook(self.gather)
-                    module.register_forward_hook(self.scatter)
+        # Nobody reads what the last block computes after its attention at the other positions. (Recomputed in the
+        # backward pass, a block would no longer have the positions.)
+        block = blocks(model)[-1]
+        ends = [getattr(block, "mlp", None), getattr(getattr(block, "self_attn", None), "o_proj", None)]
+        ends = [module for module in ends if plain_head and not computed_again and goes_by_position(module, model)]
+        for module in ends:
+            module.register_forward_pre_hook(self.gather)
+            module.register_forward_hook(self.scatter)
+        self.gathers = bool(ends)
 
     def forward(self, batch: dict) -> torch.Tensor:
         names = ("input_ids", "position_ids", "documents")
