@@ -431,7 +431,7 @@ def computing_in(dtype: torch.dtype, model):
         for name, p in module._parameters.items()
         if p is not None and p.is_floating_point() and p.dtype != dtype and not isinstance(p, DTensor)
     ]
-    copies = {p: p.to(dtype) for _, _, p in kept}
+    copies = {p: Cast.apply(p, dtype) for _, _, p in kept}
     for parameters, name, p in kept:
         parameters[name] = copies[p]
     try:
@@ -439,6 +439,23 @@ def computing_in(dtype: torch.dtype, model):
     finally:
         for parameters, name, p in kept:
             parameters[name] = p
+
+
+class Cast(torch.autograd.Function):
+    """A weight in another dtype. A gradient is added to the weight's own as it is: autograd would make it float32, and so
+    read and write nearly twice as much memory."""
+
+    @staticmethod
+    def forward(ctx, weight, dtype: torch.dtype):
+        ctx.weight = weight
+        return weight.to(dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if ctx.weight.grad is None:
+            return gradient.to(ctx.weight.dtype), None
+        ctx.weight.grad.add_(gradient)
+        return None, None
 
 
 # ---- loss and optimizer ----------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import fcntl
 import functools
+import gc
 import json
 import math
 import os
@@ -397,6 +398,7 @@ def train(cfg, device, prepared: Prepared, folder: Path | None, watchdog, began:
             forward_backward(parallel_model, [[]], functools.partial(collate, train_set), 1.0)
         optimizer.zero_grad(set_to_none=True)
     watchdog.may_stop_at_once = False
+    gc.freeze()  # what is here by now stays: collecting garbage would look through it, a tenth of a second each time
     slowest = 0.0  # seconds of a step, with its validation and saving
     for step in range(start + 1, steps + 1):
         clock = time.perf_counter()

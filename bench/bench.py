@@ -42,10 +42,12 @@ TRL = {  # what each setting changes in SFTConfig
     },
 }  # fmt: skip
 TRL["trl_liger"] = {**TRL["trl_flash"], "use_liger_kernel": True}
+TRL["trl_long"] = {**TRL["trl_liger"], "per_device_train_batch_size": 64}
 LORA = {"rank": 16, "alpha": 16}  # on all linear layers but the output layer, on both sides
 OURS = {"ours": [], "ours_lora": [f"model.lora.{name}={value}" for name, value in LORA.items()]}
 OURS["ours_compile"] = ["model.compile=true"]
-ON_GPU = ("ours_compile", "trl_flash", "trl_liger")  # pay there alone; TRL's need flash-attn, and liger-kernel
+OURS["ours_long"] = ["model.compile=true", "train.max_tokens_per_micro_batch=8192"]
+ON_GPU = ("ours_compile", "ours_long", "trl_flash", "trl_liger", "trl_long")  # TRL's need flash-attn, and liger-kernel
 
 
 def sizes(device: str) -> dict:
@@ -191,15 +193,20 @@ class Meter:
         self.supervised[-1] += supervised
 
     def after_step(self, *_):
-        if self.cuda:
-            self.torch.cuda.synchronize()
-        self.times.append(time.perf_counter())
+        if self.cuda:  # noted by the GPU when it gets there: nobody waits for it
+            self.times.append(self.torch.cuda.Event(enable_timing=True))
+            self.times[-1].record()
+        else:
+            self.times.append(time.perf_counter())
         self.tokens.append(0)
         self.supervised.append(0)
         self.peak = self.memory()
 
     def report(self) -> dict:
-        seconds = self.times[-1] - self.times[WARM_UP - 1]
+        first, last = self.times[WARM_UP - 1], self.times[-1]
+        if self.cuda:
+            self.torch.cuda.synchronize()
+        seconds = first.elapsed_time(last) / 1000 if self.cuda else last - first
         timed = slice(WARM_UP, len(self.times))
         return {
             "tokens_per_second": int(sum(self.tokens[timed])) / seconds,

@@ -253,6 +253,36 @@ def test_an_output_layer_of_its_own_that_would_be_saved_as_the_embedding_is_refu
         modelling.load(cfg, CPU)
 
 
+def in_bfloat16(rank, world_size, strategy):
+    """Losses and gradients of two steps, of four rows over all ranks."""
+    cfg = config.load(None, ["model.dtype=bfloat16"])
+    loss, model = modelling.parallelise(tiny_llama(), cfg, strategy, world_size, CPU)
+    collate = functools.partial(data.collate, Examples([40, 9, 23, 30], [31, 2, 1, 20]))
+    rows, made = [[0], [1], [2], [3]][rank::world_size], []
+    for _ in range(2):
+        with modelling.computing_in(torch.bfloat16, model):
+            losses = train_sft.forward_backward(loss, rows, collate, world_size * 0.1)
+        if world_size > 1:
+            dist.all_reduce(losses)
+        grads = [p.grad.full_tensor() if strategy == "fsdp" else p.grad for p in model.parameters()]
+        assert {g.dtype for g in grads} == {torch.float32}
+        made += [losses.sum()[None], *(g.flatten() for g in grads)]
+        model.zero_grad(set_to_none=True)
+    return torch.cat(made)
+
+
+def test_in_bfloat16_ddp_and_fsdp_have_the_same_losses_and_gradients(tmp_path):
+    for strategy in ("ddp", "fsdp"):
+        (tmp_path / strategy).mkdir()
+        torch.multiprocessing.start_processes(
+            one_rank, (tmp_path / strategy, in_bfloat16, strategy), 2, start_method="fork"
+        )
+    ddp, fsdp = (torch.load(tmp_path / strategy / "0.pt") for strategy in ("ddp", "fsdp"))
+    assert (ddp - fsdp).norm() < 1e-6 * ddp.norm()
+    alone = in_bfloat16(0, 1, "ddp")
+    assert (ddp - alone).norm() < 0.01 * alone.norm()
+
+
 def test_more_tokens_than_learned_positions_are_refused_and_rotary_ones_are_not():
     shape = {"vocab_size": 64, "n_embd": 16, "n_layer": 1, "n_head": 2}
     learned = AutoModelForCausalLM.from_config(GPT2Config(n_positions=32, **shape))
