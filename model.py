@@ -442,8 +442,8 @@ def computing_in(dtype: torch.dtype, model):
 
 
 class Cast(torch.autograd.Function):
-    """A weight in another dtype. A gradient is added to the weight's own as it is: autograd would make it float32, and so
-    read and write nearly twice as much memory."""
+    """A weight in another dtype. A gradient is added to the weight's own as it is: autograd would make it float32 first
+    and so read and write nearly twice as much memory."""
 
     @staticmethod
     def forward(ctx, weight, dtype: torch.dtype):
