@@ -19,10 +19,21 @@ def per_document(module, query, key, value, attention_mask, **kwargs):
     return attend(sdpa, module, query, key, value, attention_mask, **kwargs), None
 
 
-@torch.compiler.disable
 def per_document_varlen(module, query, key, value, attention_mask, **kwargs):
-    """The same in one call of torch's variable-length flash attention: CUDA, bfloat16."""
-    return attend(varlen, module, query, key, value, attention_mask, **kwargs), None
+    """The same in one call of torch's variable-length flash attention, which a compiled block has in its one graph:
+    CUDA, bfloat16."""
+    call = attend if is_one_call(query, value, **kwargs) else torch.compiler.disable(attend)
+    return call(varlen, module, query, key, value, attention_mask, **kwargs), None
+
+
+def is_one_call(query, value, dropout=0.0, softcap=None, s_aux=None, context_group=None, **others) -> bool:
+    """Whether `attend` calls the variable-length kernel and nothing else, whatever the documents are."""
+    return takes_width(query, value) and not (dropout or softcap or s_aux is not None or context_group is not None)
+
+
+def takes_width(query, value) -> bool:
+    """Whether the variable-length kernel does: its head_dim is at most 256."""
+    return max(query.shape[3], value.shape[3]) <= 256
 
 
 # (transformers refuses a name with "sdpa" or "flash" in it to models that cap their scores or have sinks)
@@ -57,13 +68,14 @@ def choose(config, model_class, device: torch.device) -> str:
 
 class Documents:
     """Where the documents of a packed row are: `ends`, a list of their ends; `starts`, 0 and the ends, int32
-    (documents + 1,), on the model's device; `lengths` follow. (No tuple and no tensor: FSDP would move the ends to the
-    GPU, and reading them there waits for all that is queued; and a compiled block would be compiled anew for each
-    number of them.)"""
+    (documents + 1,), on the model's device; `lengths` and the `longest` of them follow. (No tuple and no tensor: FSDP
+    would move the ends to the GPU, and reading them there waits for all that is queued; and a compiled block would be
+    compiled anew for each number of them.)"""
 
     def __init__(self, ends: list[int], starts: torch.Tensor):
         self.ends, self.starts = ends, starts
         self.lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        self.longest = max(self.lengths)
 
 
 def attend(
@@ -79,7 +91,7 @@ def attend(
         tokens = query.shape[2]
         documents = Documents([tokens], torch.tensor([0, tokens], dtype=torch.int32, device=query.device))
     others |= {"attention_mask": attention_mask, "sliding_window": sliding_window}
-    refuse_unknown(module, others, max(documents.lengths))
+    refuse_unknown(module, others, documents.longest)
     query, key = (x.to(value.dtype) for x in (query, key))  # some rotary embeddings have made float32 of them
     if context_group is not None:
         query, key, value = tokens_for_heads(query, key, value, documents.ends[-1], context_group)
@@ -176,13 +188,13 @@ def varlen(query, key, value, documents: Documents, scale: float, dropout: float
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, head_dim)
     width = v.shape[2]
     padded = -(-max(q.shape[2], width) // 8) * 8  # the kernel has one head_dim for all three, in steps of 8
-    if dropout or padded > 256:  # which it does not compute
+    if dropout or not takes_width(query, value):  # which it does not compute
         return sdpa(query, key, value, documents, scale, dropout, window)
     if {padded} != {x.shape[2] for x in (q, k, v)}:
         q, k, v = (F.pad(x, (0, padded - x.shape[2])) for x in (q, k, v))
     options = {"scale": scale, "window_size": (window - 1 if window else -1, 0)}
     options["enable_gqa"] = q.shape[1] != k.shape[1]
-    starts, longest = documents.starts, max(documents.lengths)
+    starts, longest = documents.starts, documents.longest
     return varlen_attn(q, k, v, starts, starts, longest, longest, **options)[None, ..., :width].contiguous()
 
 

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
@@ -116,6 +118,39 @@ def test_a_step_waits_for_no_number_of_the_gpu(kernel):
         for unknown in (losses[0], norm):
             with pytest.raises(DataDependentOutputException):
                 float(unknown)
+
+
+def varlen_on_a_cpu(q, k, v, starts, _, longest, __, scale, window_size, enable_gqa):
+    """What torch's kernel computes, q (tokens, heads, head_dim)."""
+    place = torch.arange(len(q))
+    document, back = torch.bucketize(place, starts[1:], right=True), place[:, None] - place
+    seen = (document[:, None] == document) & (back >= 0) & (back < longest)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=enable_gqa)[0].transpose(0, 1)
+
+
+def test_one_graph_of_a_block_holds_its_attention_for_rows_of_any_documents(monkeypatch):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_on_a_cpu)
+    model, lengths = tiny_llama(), [16, 9, 30, 12, 10, 11, 40, 50]
+    model.set_attn_implementation("per_document_varlen")
+    loss, examples = modelling.PackedLoss(model, plain_head=True), Examples(lengths, [4] * 8)
+
+    def losses_and_gradients():
+        made = []
+        for row in ([0, 1], [2, 3, 4], [5], [0, 3, 4, 6, 7], [7, 1], [0], [4, 5]):
+            value = loss(data.collate(examples, row))
+            value.backward()
+            made += [value.detach()[None], *(p.grad.flatten() for p in model.parameters())]
+            model.zero_grad(set_to_none=True)
+        return torch.cat(made)
+
+    wanted, counter = losses_and_gradients(), CompileCounterWithBackend("aot_eager")
+    torch._dynamo.utils.counters.clear()
+    for block in modelling.blocks(model)[:-1]:
+        block.compile(dynamic=True, backend=counter)
+    torch.testing.assert_close(losses_and_gradients(), wanted)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert counter.frame_count <= 3  # two for rows of one document
 
 
 @pytest.mark.parametrize("tied", [True, False])
