@@ -204,7 +204,8 @@ def check_attention(model, config):
 @torch.no_grad()
 def keeps_documents_apart(model, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether each document of a packed row gets the logits that it gets alone, whatever stands beside it: measured on
-    the loaded model, which computes in `dtype` on `device`. Every rank of a sharded model has to call it."""
+    the loaded model, which computes in `dtype` on `device`. Every rank of a sharded model has to call it. Raises
+    ValueError where the model's code has float32 in it, and mixes that with `dtype`."""
     vocabulary = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
     first, second, third, other_first, other_third = (
@@ -221,7 +222,15 @@ def keeps_documents_apart(model, device: torch.device, dtype: torch.dtype) -> bo
         return logits[at : at + 12]  # (12, vocabulary)
 
     with answering(model):
-        alone = logits_of_second(second)
+        try:
+            alone = logits_of_second(second)
+        except RuntimeError as error:
+            if dtype == torch.float32 or not re.search("dtype|scalar type", str(error)):
+                raise
+            raise ValueError(
+                f"model.dtype = {str(dtype)[6:]}: the code of {type(model).__name__} mixes it with float32 ({error}); "
+                "set model.dtype=float32"
+            ) from error
         packed = logits_of_second(first, second, third)
         beside_others = logits_of_second(other_first, second, other_third)
     scale = alone.abs().max().clamp(min=1e-3)

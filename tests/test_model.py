@@ -150,7 +150,7 @@ def test_one_graph_of_a_block_holds_its_attention_for_rows_of_any_documents(monk
         block.compile(dynamic=True, backend=counter)
     torch.testing.assert_close(losses_and_gradients(), wanted)
     assert not torch._dynamo.utils.counters["graph_break"]
-    assert counter.frame_count <= 3  # two for rows of one document
+    assert counter.frame_count <= 3  # and not one for each row
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -286,6 +286,13 @@ def test_an_output_layer_of_its_own_that_would_be_saved_as_the_embedding_is_refu
         ValueError, match="an output layer of its own, and its config.json says tie_word_embeddings: true"
     ):
         modelling.load(cfg, CPU)
+
+
+def test_a_model_that_mixes_dtypes_is_refused_in_bfloat16():
+    model = architectures.random_model(architectures.small("openai-gpt"), "eager")
+    assert modelling.keeps_documents_apart(model, CPU, torch.float32) is not None
+    with modelling.computing_in(torch.bfloat16, model), pytest.raises(ValueError, match="set model.dtype=float32"):
+        modelling.keeps_documents_apart(model, CPU, torch.bfloat16)
 
 
 def in_bfloat16(rank, world_size, strategy):
