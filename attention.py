@@ -22,7 +22,7 @@ def per_document(module, query, key, value, attention_mask, **kwargs):
 def per_document_varlen(module, query, key, value, attention_mask, **kwargs):
     """The same in one call of torch's variable-length flash attention, which a compiled block has in its one graph:
     CUDA, bfloat16."""
-    call = attend if is_one_call(query, value, **kwargs) else torch.compiler.disable(attend)
+    call = attend if is_one_call(query, value, **kwargs) else uncompiled_attend
     return call(varlen, module, query, key, value, attention_mask, **kwargs), None
 
 
@@ -101,6 +101,9 @@ def attend(
         kernel = functools.partial(scores, softcap=softcap, sinks=s_aux)
     output = kernel(query, key, value, documents, scaling or query.shape[3] ** -0.5, dropout, sliding_window)
     return output if context_group is None else heads_for_tokens(output, context_group)
+
+
+uncompiled_attend = torch.compiler.disable(attend)
 
 
 def refuse_unknown(module, others: dict, longest: int):

@@ -165,9 +165,10 @@ def answering(model, implementation: str | None = None):
 
 
 @torch.no_grad()
-def check_attention(model, config):
+def check_attention(model, config) -> bool:
     """Raises ValueError unless the model of a `config.Model` gives the same logits in a packed row as by itself, when
-    transformers computes its attention and numbers its tokens: measured."""
+    transformers computes its attention and numbers its tokens: measured. Returns what `keeps_documents_apart` finds in
+    the dtype of the weights, before rounding can hide it; True where the model runs only on a GPU."""
     generator = torch.Generator().manual_seed(0)
     vocabulary, limit = model.get_input_embeddings().num_embeddings, 1e-3
     if base_dtype(config) != torch.float32:
@@ -179,14 +180,15 @@ def check_attention(model, config):
             alone = model(ids, use_cache=False).logits.float()  # (1, 12, vocabulary)
             first_half = model(ids[:, :6], use_cache=False).logits.float()
     except Exception:  # some layers run only on a GPU
-        return
+        return True
     if not (first_half - alone[:, :6]).norm() <= limit * alone[:, :6].norm():
         raise ValueError(
             f"model.name = {config.name!r}: its tokens see those that come later: no causal language model"
         )
     mend = "set model.attention=eager" if ours else "it numbers its tokens in its own way, and cannot be trained here"
+    implementation = "per_document" if ours else "eager"  # (varlen does not compute in float32)
     try:
-        with answering(model, "per_document" if ours else "eager"):  # (varlen does not compute in float32)
+        with answering(model, implementation):
             packed = model(ids, position_ids=positions, use_cache=False).logits.float()
     except Exception as error:
         raise ValueError(
@@ -198,14 +200,15 @@ def check_attention(model, config):
             f"model.name = {config.name!r}: in a packed row this model would give other logits than by itself (off by "
             f"{off:.1%}); {mend}"
         )
+    return keeps_documents_apart(model, model.device, base_dtype(config), implementation)
 
 
 @torch.compiler.set_stance("force_eager")  # (few and short: not worth a graph)
 @torch.no_grad()
-def keeps_documents_apart(model, device: torch.device, dtype: torch.dtype) -> bool:
+def keeps_documents_apart(model, device: torch.device, dtype: torch.dtype, implementation: str | None = None) -> bool:
     """Whether each document of a packed row gets the logits that it gets alone, whatever stands beside it: measured on
-    the loaded model, which computes in `dtype` on `device`. Every rank of a sharded model has to call it. Raises
-    ValueError where the model's code has float32 in it, and mixes that with `dtype`."""
+    the loaded model, which computes in `dtype` on `device`. `implementation`: of attention; None: the model's. Every
+    rank of a sharded model has to call it."""
     vocabulary = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
     first, second, third, other_first, other_third = (
@@ -221,16 +224,8 @@ def keeps_documents_apart(model, device: torch.device, dtype: torch.dtype) -> bo
         at = 0 if len(documents) == 1 else 7
         return logits[at : at + 12]  # (12, vocabulary)
 
-    with answering(model):
-        try:
-            alone = logits_of_second(second)
-        except RuntimeError as error:
-            if dtype == torch.float32 or not re.search("dtype|scalar type", str(error)):
-                raise
-            raise ValueError(
-                f"model.dtype = {str(dtype)[6:]}: the code of {type(model).__name__} mixes it with float32 ({error}); "
-                "set model.dtype=float32"
-            ) from error
+    with answering(model, implementation):
+        alone = logits_of_second(second)
         packed = logits_of_second(first, second, third)
         beside_others = logits_of_second(other_first, second, other_third)
     scale = alone.abs().max().clamp(min=1e-3)
@@ -376,7 +371,7 @@ def reaches_every_weight(loss, config, device: torch.device) -> bool:
     reads text alone, nor experts that no token is sent to. The same on all ranks."""
     context = config.parallel.context
     row = data.collate(None, [], device, dist.get_rank() % context, context)
-    with computing_in(compute_dtype(config), loss):
+    with computing_in(compute_dtype(config), loss.model):
         loss(row).backward()
     reached = all(p.grad is not None for p in loss.parameters() if p.requires_grad)
     loss.zero_grad(set_to_none=True)
@@ -432,8 +427,9 @@ def compute_dtype(config) -> torch.dtype:
 @contextlib.contextmanager
 def computing_in(dtype: torch.dtype, model):
     """The model computes with copies of its weights in `dtype`, made once, while the gradients go to the weights
-    themselves, which stay float32. (FSDP does the same by itself, a block at a time; autocast would keep the sums
-    between blocks in float32, and cast each product's inputs.)"""
+    themselves, which stay float32. (FSDP does the same by itself, a block at a time. Autocast would keep the sums
+    between blocks in float32, and cast each product's inputs.) All weights, also those that transformers would keep in
+    float32 when it opens a bfloat16 model. Raises ValueError where the model's code mixes the two."""
     kept = [
         (module._parameters, name, p)
         for module in model.modules()
@@ -445,6 +441,13 @@ def computing_in(dtype: torch.dtype, model):
         parameters[name] = copies[p]
     try:
         yield
+    except RuntimeError as error:
+        if dtype == torch.float32 or not re.search("dtype|(scalar|bias|weight) type", str(error)):
+            raise
+        raise ValueError(
+            f"model.dtype = {str(dtype)[6:]}: the code of {model.config.model_type} mixes it with float32 ({error}); "
+            "set model.dtype=float32"
+        ) from error
     finally:
         for parameters, name, p in kept:
             parameters[name] = p
@@ -452,7 +455,7 @@ def computing_in(dtype: torch.dtype, model):
 
 class Cast(torch.autograd.Function):
     """A weight in another dtype. A gradient is added to the weight's own as it is: autograd would make it float32 first
-    and so read and write nearly twice as much memory."""
+    and so read and write nearly twice as much memory. (Autograd's hooks see the first row of a step alone.)"""
 
     @staticmethod
     def forward(ctx, weight, dtype: torch.dtype):

@@ -398,6 +398,7 @@ def train(cfg, device, prepared: Prepared, folder: Path | None, watchdog, began:
             forward_backward(parallel_model, [[]], functools.partial(collate, train_set), 1.0)
         optimizer.zero_grad(set_to_none=True)
     watchdog.may_stop_at_once = False
+    gc.collect()
     gc.freeze()  # what is here by now stays: collecting garbage would look through it, a tenth of a second each time
     slowest = 0.0  # seconds of a step, with its validation and saving
     for step in range(start + 1, steps + 1):
@@ -491,7 +492,7 @@ def build(cfg, device, prepared: Prepared, folder: Path | None) -> Built:
     """Model and optimizer, as they were in the checkpoint `folder` if there is one; measured before they train."""
     rank, world_size = ranks.rank_and_size()
     context, dtype = cfg.parallel.context, modelling.compute_dtype(cfg)
-    model, strategy = load_model(cfg, device, prepared)
+    model, strategy, can_pack = load_model(cfg, device, prepared)
     modelling.check_context(cfg, model.config, world_size)
     context_group = dist.new_subgroups(context, timeout=ranks.TIMEOUT)[0] if context > 1 else None
     parallel_model, model = modelling.parallelise(model, cfg, strategy, world_size, device, context_group)
@@ -501,7 +502,7 @@ def build(cfg, device, prepared: Prepared, folder: Path | None) -> Built:
         check_base(folder, cfg.model.name, base)
         checkpoint.load(folder, model, optimizer)
     with modelling.computing_in(dtype, model):
-        can_pack = modelling.keeps_documents_apart(model, device, dtype)
+        can_pack &= modelling.keeps_documents_apart(model, device, dtype)
         if context_group:
             modelling.check_shared_row(model, device, context_group, dtype)
     can_pack = ranks.from_rank_0(can_pack)  # ranks may measure differently, by rounding
@@ -511,7 +512,8 @@ def build(cfg, device, prepared: Prepared, folder: Path | None) -> Built:
 
 
 def load_model(cfg, device, prepared: Prepared):
-    """(the model on the CPU, or without weights where rank 0 will share its own; "ddp" or "fsdp")."""
+    """(the model on the CPU, or without weights where rank 0 will share its own; "ddp" or "fsdp"; what rank 0 finds of
+    `Built.can_pack`)."""
     rank, world_size = ranks.rank_and_size()
     outline, strategy = None, "ddp"  # one process has nothing to shard
     modelling.check_parallel(cfg, world_size)
@@ -524,9 +526,8 @@ def load_model(cfg, device, prepared: Prepared):
     sets = [split for split in (prepared.train_set, prepared.validation_set) if split]
     modelling.check_vocabulary(model, prepared.tokenizer)
     modelling.check_positions(model, *(int(split.lengths.max()) for split in sets))
-    if rank == 0:
-        modelling.check_attention(model, cfg.model)
-    return model, strategy
+    can_pack = modelling.check_attention(model, cfg.model) if rank == 0 else True
+    return model, strategy, can_pack
 
 
 def forward_backward(parallel_model, rows, collate, scale: float, note_place=lambda place: None):

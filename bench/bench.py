@@ -248,10 +248,11 @@ def train_ours(name, work, folder, device) -> dict:
         meter.count(examples.lengths[row].sum(), examples.supervised[row].sum())
         return collate(examples, row, *arguments, **options)
 
+    def save_nothing(*_):  # nor does TRL here
+        pass
+
     train_sft.data.collate = counting
-    train_sft.checkpoint.Writer.save = train_sft.checkpoint.put_model = lambda *arguments: (
-        None
-    )  # TRL saves nothing either
+    train_sft.checkpoint.Writer.save = train_sft.checkpoint.put_model = save_nothing
     shutil.rmtree(folder / "run", ignore_errors=True)
     sys.argv = [
         "train_sft.py", "configs/squad.yaml", f"output_dir={folder}/run", f"model.name={folder}/model",
