@@ -484,15 +484,16 @@ class PackedLoss(torch.nn.Module):
         self.model, self.plain_head, self.positions, self.tokens = model, plain_head, None, 0
         self.context = {} if context_group is None else {"context_group": context_group}
         computed_again = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-        # Nobody reads what the last block computes after its attention at the other positions. (Recomputed in the
-        # backward pass, a block would no longer have the positions.)
-        block = blocks(model)[-1]
-        ends = [getattr(block, "mlp", None), getattr(getattr(block, "self_attn", None), "o_proj", None)]
-        ends = [module for module in ends if plain_head and not computed_again and goes_by_position(module, model)]
-        for module in ends:
-            module.register_forward_pre_hook(self.gather)
-            module.register_forward_hook(self.scatter)
-        self.gathers = bool(ends)
+        self.gathers = False  # whether the last block has hooks
+        if plain_head and not computed_again:
+            # Nobody reads what the last block computes after its attention at the other positions. (Recomputed in the
+            # backward pass, a block would no longer have the positions.)
+            block = blocks(model)[-1]
+            for module in (getattr(block, "mlp", None), getattr(getattr(block, "self_attn", None), "o_proj", None)):
+                if goes_by_position(module, model):
+                    module.register_forward_pre_hook(self.gather)
+                    module.register_forward_hook(self.scatter)
+                    self.gathers = True
 
     def forward(self, batch: dict) -> torch.Tensor:
         names = ("input_ids", "position_ids", "documents")

@@ -315,9 +315,9 @@ def train(cfg, device, prepared: Prepared, folder: Path | None, watchdog, began:
 
     watchdog.at("loading the model")
     model, parallel_model, optimizer, strategy, can_pack, base = build(cfg, device, prepared, folder)
-    precision = functools.partial(modelling.computing_in, modelling.compute_dtype(cfg), model)
-    adapter = getattr(model, "adapter_config", None)
-    empty = modelling.skeleton(model.config, model.generation_config, modelling.compute_dtype(cfg), adapter)
+    dtype, adapter = modelling.compute_dtype(cfg), getattr(model, "adapter_config", None)
+    precision = functools.partial(modelling.computing_in, dtype, model)
+    empty = modelling.skeleton(model.config, model.generation_config, dtype, adapter)
     writer = checkpoint.Writer(
         output_dir, cfg.checkpoint.keep, cfg.checkpoint.async_save, rank, empty, copy.deepcopy(tokenizer), stop_ids
     )
@@ -359,24 +359,23 @@ def train(cfg, device, prepared: Prepared, folder: Path | None, watchdog, began:
 
     def validate(step: int):
         model.eval()
-        sums = torch.zeros(len(parts), dtype=torch.float64, device=device)
+        sums, scores = torch.zeros(len(parts), dtype=torch.float64, device=device), {}
         with torch.no_grad(), precision():
             for i, (k, row) in enumerate(validation_rows):
                 watchdog.at(f"validation row {i + 1} of {len(validation_rows)}")
                 sums[k] += parallel_model(collate(validation_set, row))
-        model.train()
+            model.train()
+            watchdog.at("answering")
+            if to_score and step in (0, steps):
+                scores = evaluate.score(to_score, answers_to(to_score), validation_set.names)
+            answers = answers_to(to_answer) if to_answer else []
         sums = ranks.all_sum(sums).tolist()
         tokens = [int(validation_set.supervised[part.start : part.stop].sum()) for part in parts]
         loss = sum(sums) / sum(tokens)
-        watchdog.at("answering")
         figures = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700)), "val/supervised_tokens": sum(tokens)}
         if len(parts) > 1:
             figures |= {f"val/loss/{n}": s / t for n, s, t in zip(validation_set.names, sums, tokens, strict=True)}
-        with precision():
-            if to_score and step in (0, steps):
-                scores = evaluate.score(to_score, answers_to(to_score), validation_set.names)
-                figures |= {f"val/{name}": value for name, value in scores.items()}
-            answers = answers_to(to_answer) if to_answer else []
+        figures |= {f"val/{name}": value for name, value in scores.items()}
         if tracker:
             tracker.log(step, figures)
             show_samples(to_answer, answers, tokenizer, tracker, step)

@@ -46,7 +46,7 @@ TRL["trl_long"] = {**TRL["trl_liger"], "per_device_train_batch_size": 64}
 LORA = {"rank": 16, "alpha": 16}  # on all linear layers but the output layer, on both sides
 OURS = {"ours": [], "ours_lora": [f"model.lora.{name}={value}" for name, value in LORA.items()]}
 OURS["ours_compile"] = ["model.compile=true"]
-OURS["ours_long"] = ["model.compile=true", "train.max_tokens_per_micro_batch=16384"]
+OURS["ours_long"] = [*OURS["ours_compile"], "train.max_tokens_per_micro_batch=16384"]
 ON_GPU = ("ours_compile", "ours_long", "trl_flash", "trl_liger", "trl_long")  # TRL's need flash-attn, and liger-kernel
 
 
