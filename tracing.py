@@ -1,45 +1,66 @@
-"""Where each character of a rendered chat comes from: strings that remember it, and a Jinja environment for them.
+"""Strings that remember where each of their characters comes from, and a Jinja environment that renders with them.
 
-A run is (length, tag), a tag (source, printer, block), three ints:
-  source    whose value it is: 2 * message, or 2 * message + 1 for what only labels it (its role, a name, a key); else
-            LITERAL (the template's own text, or a variable), FOREIGN (a tool's description) or LOST
-  printer   the message that the template was processing when it printed it; NOBODY; or, below NOBODY, only a hint:
-            -2 - the message being processed when the text was put together; whoever prints it overrules that
-  block     the {% generation %} block that it stands in, counted from 1; 0: none
+A `Traced` string has runs: a list of (length, Tag), one for each stretch of characters with the same origin. The tag
+says whose value the characters are, and which message the template was processing when it printed them. From these
+two, templates.py finds out what is trained; docs/masks.md works an example through.
+
+Adding, cutting, splitting, joining and replacing texts is followed character by character. The result of any other
+operation gets one tag for all of it (`approximate`). None turns the text of a message into text of the template: at
+worst it is UNTRACKED, and then the conversation is refused.
 """
 
 import functools
+import itertools
 import json
-import string
+from typing import NamedTuple
 
 import jinja2
 from jinja2 import nodes
+from jinja2.ext import Extension
 from jinja2.filters import FILTERS, make_attrgetter
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
 
-LITERAL, FOREIGN, LOST = -1, -2, -3
-NOBODY = -1
-PLAIN = (LITERAL, NOBODY, 0)
-UNKNOWN = (LOST, NOBODY, 0)
-# What labels a message or a call, and may rightly be repeated elsewhere (a tool's answer names the call)
-LABELS = ("role", "name", "id", "type", "tool_call_id")
+NONE = -1  # in place of the index of a message
+LITERAL, TOOLS, UNTRACKED = -2, -3, -4  # sources that are not a message
+
+
+class Tag(NamedTuple):
+    """The origin of a stretch of characters."""
+
+    source: int = LITERAL  # the message whose value it is; LITERAL: the template's own text or a variable; TOOLS
+    is_label: bool = False  # the value only names or classifies the message: its role, an id, a key of a dict
+    printer: int = NONE  # the message that the template was processing when it printed this
+    hint: int = NONE  # the message being processed when the text was put together, in case no message prints it
+    block: int = 0  # the {% generation %} block around it, counted from 1; 0: none
+
+    @property
+    def message(self) -> int:
+        return self.hint if self.printer == NONE else self.printer
+
+
+PLAIN = Tag()
+
+
+# ---- strings ---------------------------------------------------------------------------------------------------------
 
 
 class Traced(str):
-    """A string with the runs of its characters. Every method that returns text is followed, or gives LOST text."""
+    """A string with the runs of its characters."""
 
     __slots__ = ("runs",)
 
     def __new__(cls, text="", runs=None):
         self = super().__new__(cls, text)
-        length = len(self)
-        self.runs = runs if runs is not None else [(length, UNKNOWN)] if length else []
+        # Jinja makes strings of the type of a given one. What they consist of is not known then.
+        self.runs = ([(len(text), Tag(UNTRACKED))] if text else []) if runs is None else runs
         return self
 
     def __str__(self):
-        return self
+        return self  # `str` of it would forget the runs, and Jinja calls that for everything it prints
 
     def cut(self, start: int, stop: int):
+        """The characters from `start` (0 or more) up to `stop`."""
         if start <= 0 and stop >= len(self):
             return self
         runs, position = [], 0
@@ -48,46 +69,23 @@ class Traced(str):
             if first < last:
                 runs.append((last - first, tag))
             position += length
-        return Traced(str.__getitem__(self, slice(max(start, 0), max(start, stop, 0))), runs)
+        return Traced(str.__getitem__(self, slice(start, max(start, stop))), runs)
 
     def __getitem__(self, key):
-        text = str.__getitem__(self, key)
         if not isinstance(key, slice):
-            at = range(len(self))[key]
-            return self.cut(at, at + 1)
+            position = range(len(self))[key]  # which counts negative ones from the end, and raises what `str` raises
+            return self.cut(position, position + 1)
         start, stop, step = key.indices(len(self))
-        if step == 1:
-            return self.cut(start, stop)
-        tags = [tag for length, tag in self.runs for _ in range(length)]
-        return Traced(text, [(1, tag) for tag in tags[key]])
+        return self.cut(start, stop) if step == 1 else approximate(str.__getitem__(self, key), self)
 
     def __iter__(self):
-        position = 0
-        for length, tag in self.runs:
-            for at in range(position, position + length):
-                yield Traced(str.__getitem__(self, at), [(1, tag)])
-            position += length
+        return (self[position] for position in range(len(self)))
 
     def __add__(self, other):
-        return (
-            Traced(str.__add__(self, other), self.runs + runs_of(other)) if isinstance(other, str) else NotImplemented
-        )
+        return Traced(str.__add__(self, other), self.runs + runs_of(other))
 
     def __radd__(self, other):
-        return (
-            Traced(str.__add__(other, self), runs_of(other) + self.runs) if isinstance(other, str) else NotImplemented
-        )
-
-    def __mul__(self, count):
-        return Traced(str.__mul__(self, count), self.runs * count)
-
-    __rmul__ = __mul__
-
-    def __mod__(self, values):
-        return percent(self, values)
-
-    def __rmod__(self, left):
-        return percent(left, self)
+        return Traced(str.__add__(other, self), runs_of(other) + self.runs)
 
     def lstrip(self, chars=None):
         return self.cut(len(self) - len(str.lstrip(self, chars)), len(self))
@@ -98,284 +96,251 @@ class Traced(str):
     def strip(self, chars=None):
         return self.lstrip(chars).rstrip(chars)
 
-    def removeprefix(self, prefix):
-        return self.cut(len(prefix) if prefix and str.startswith(self, prefix) else 0, len(self))
-
-    def removesuffix(self, suffix):
-        return self.cut(0, len(self) - (len(suffix) if suffix and str.endswith(self, suffix) else 0))
-
-    def parts(self, texts, gap):
-        pieces, position = [], 0
+    def split(self, sep=None, maxsplit=-1):
+        texts = str.split(self, sep, maxsplit)
+        if sep is None:  # white space of any length may be between two parts
+            return [approximate(text, self) for text in texts]
+        pieces, start = [], 0
         for text in texts:
-            # white space between parts may be of any length; nothing but white space precedes the next part
-            start = str.find(self, text, position) if gap is None else position
             pieces.append(self.cut(start, start + len(text)))
-            position = start + len(text) + (gap or 0)
+            start += len(text) + len(sep)
         return pieces
 
-    def split(self, sep=None, maxsplit=-1):
-        return self.parts(str.split(self, sep, maxsplit), None if sep is None else len(sep))
-
-    def rsplit(self, sep=None, maxsplit=-1):
-        return self.parts(str.rsplit(self, sep, maxsplit), None if sep is None else len(sep))
-
-    def splitlines(self, keepends=False):
-        lines = self.parts(str.splitlines(self, True), 0)
-        return (
-            lines
-            if keepends
-            else [line.cut(0, len(text)) for line, text in zip(lines, str.splitlines(self), strict=True)]
-        )
-
-    def partition(self, sep):
-        return tuple(self.parts(str.partition(self, sep), 0))
-
-    def rpartition(self, sep):
-        return tuple(self.parts(str.rpartition(self, sep), 0))
-
     def replace(self, old, new, count=-1):
-        if not old:
-            return whole(str.replace(self, old, new, count), (self, new))
-        pieces = self.split(old, count)
-        return joined([piece for k, part in enumerate(pieces) for piece in ((new, part) if k else (part,))])
+        if not old:  # `new` goes between all characters
+            return approximate(str.replace(self, old, new, count), self, new)
+        return as_traced(new).join(self.split(old, count))
 
     def join(self, values):
+        # The string itself goes before each value but the first.
         return joined([piece for k, value in enumerate(values) for piece in ((self, value) if k else (value,))])
 
 
-def case(method):
-    def changed(self, *arguments):
-        text = method(self, *arguments)
-        return Traced(text, self.runs) if len(text) == len(self) else whole(text, self)
-
-    return changed
-
-
-def padding(method):
-    return lambda self, *arguments, **keywords: whole(method(self, *arguments, **keywords), self)
-
-
-for name in ("upper", "lower", "capitalize", "title", "swapcase", "casefold"):
-    setattr(Traced, name, case(getattr(str, name)))
-for name in ("center", "ljust", "rjust", "zfill", "expandtabs", "translate"):
-    setattr(Traced, name, padding(getattr(str, name)))
-
-
-class Dict(dict):
-    """A dict of a message (or a part of it); `_source` as in a tag."""
-
-    _source = FOREIGN
-
-
-class List(list):
-    _source = FOREIGN
-
-
-def traced(value, source: int):
-    """A copy of a JSON value whose strings know their source."""
-    if isinstance(value, str):
-        return Traced(value, [(len(value), (source, NOBODY, 0))] if value else [])
-    if isinstance(value, dict):
-        copy = Dict()
-        copy._source = source
-        label = source | 1 if source >= 0 else source
-        for key, item in value.items():
-            # what a tool answered is not the assistant's, even where its message holds it
-            inside = FOREIGN if key in ("tool_responses", "tool_response") else label if key in LABELS else source
-            copy[traced(key, label) if isinstance(key, str) else key] = traced(item, inside)
-        return copy
-    if isinstance(value, (list, tuple)):
-        copy = List(traced(item, source) for item in value)
-        copy._source = source
-        return copy
-    return value
-
-
 def runs_of(text: str) -> list:
+    """The runs of a string. A plain one is the template's own, or a variable such as `bos_token`."""
     return text.runs if type(text) is Traced else [(len(text), PLAIN)] if text else []
 
 
+def as_traced(value) -> Traced:
+    return joined([value])
+
+
 def joined(pieces) -> Traced:
-    pieces = [piece if isinstance(piece, str) else as_text(piece) for piece in pieces]
-    runs = []
-    for piece in pieces:
-        runs += runs_of(piece)
-    return Traced("".join(pieces), runs)
-
-
-def tags_in(value) -> set:
-    """The tags of all strings in a value."""
-    if type(value) is Traced:
-        return {tag for _, tag in value.runs}
-    if isinstance(value, dict):
-        tags = set().union(*(tags_in(part) for item in value.items() for part in item))
-        return tags | {(value._source, NOBODY, 0)} if type(value) is Dict else tags
-    if isinstance(value, (list, tuple)):
-        tags = set().union(*(tags_in(item) for item in value))
-        return tags | {(value._source, NOBODY, 0)} if type(value) is List else tags
-    return set()
-
-
-def whole(text: str, origin) -> Traced:
-    """Text made from `origin` in a way that is not followed: its source is known if `origin` is all of one message."""
-    sources = {tag[0] for tag in tags_in(origin)}
-    found = {source & ~1 if source >= 0 else source for source in sources} - {LITERAL}
-    source = LITERAL if not found else found.pop() if len(found) == 1 else LOST
-    return Traced(text, [(len(text), (source, NOBODY, 0))] if text else [])
+    """The texts of the pieces one after the other, with their runs."""
+    pieces = [as_text(piece) for piece in pieces]
+    return Traced("".join(pieces), [run for piece in pieces for run in runs_of(piece)])
 
 
 def as_text(value) -> str:
-    return value if isinstance(value, str) else whole(str(value), value)
+    return value if isinstance(value, str) else approximate(str(value), value)
 
 
-def percent(form, values):
-    if not isinstance(form, str):
-        return form % values
-    text = str.__mod__(form, values)
-    arguments = values if isinstance(values, tuple) else (values,)
-    literals = str(form).split("%s")
-    pieces = joined([p for pair in zip(literals, arguments, strict=False) for p in pair] + literals[len(arguments) :])
-    simple = len(literals) == len(arguments) + 1 and "%" not in "".join(literals) and pieces == text
-    return pieces if simple else whole(text, (form, *arguments))
+def approximate(text: str, *origins) -> str:
+    """A text that was made of `origins` in a way that is not followed: it gets one tag for all of it.
+
+    That is their own tag if they have only one, else the source that they share. If they share none: UNTRACKED. Plain
+    strings do not count: they are the arguments of a method, such as white space to strip, or keys of a dict."""
+    tags = set().union(*map(tags_in, origins))
+    sources = {tag.source for tag in tags}
+    if not text or sources <= {LITERAL}:
+        return text
+    if len(tags) == 1:
+        tag = tags.pop()
+    elif len(sources) == 1:
+        tag = Tag(sources.pop(), is_label=all(tag.is_label for tag in tags))
+    else:
+        # No tool is ever trained, so that a tool's description and the template's text around it need no distinction.
+        tag = Tag(TOOLS if sources == {TOOLS, LITERAL} else UNTRACKED)
+    return Traced(text, [(len(text), tag)])
 
 
-# ---- what the template prints, and for whom --------------------------------------------------------------------------
+def approximated(function, *origins):
+    """The function, with the texts that it returns tagged as made of its arguments (and of `origins`)."""
+
+    @functools.wraps(function)  # and with it the marks by which Jinja knows what to pass in front of the arguments
+    def call(*arguments, **keywords):
+        result = function(*arguments, **keywords)
+        made_of = (*origins, *arguments, *keywords.values())
+        if isinstance(result, str):
+            return approximate(result, *made_of)
+        if isinstance(result, (list, tuple)):
+            return type(result)(approximate(text, *made_of) for text in result)
+        if isinstance(result, bytes):  # they would become plain text when they are decoded
+            raise TypeError("the bytes of a text cannot be followed")
+        return result
+
+    return call
 
 
-def owner(candidates) -> int:
-    """The first message among the values that the template has at hand: loop variables, `messages[i]`, ..."""
+# A method that is inherited from `str` would return plain text, which counts as the template's own.
+methods = [name for name in dir(str) if not name.startswith("_") and name != "maketrans"]
+for name in [*methods, "__mul__", "__rmul__", "__mod__", "__rmod__"]:
+    if name not in vars(Traced):
+        setattr(Traced, name, approximated(getattr(str, name)))
+
+
+# ---- the values that a template gets ---------------------------------------------------------------------------------
+
+# What labels a message or a call. Another message may repeat it: the answer of a tool names the call.
+LABELS = ("role", "name", "id", "type", "tool_call_id")
+# What a tool answered is not the assistant's, even where a message of the assistant holds it.
+TOOL_ANSWERS = ("tool_responses", "tool_response")
+
+
+class Dict(dict):
+    tag = Tag(TOOLS)  # of the message that it belongs to, or of the tools
+
+
+class List(list):
+    tag = Tag(TOOLS)
+
+
+def traced(value, tag: Tag):
+    """A copy of a JSON value in which all strings, dicts and lists have the tag (or that of a label)."""
+    if isinstance(value, str):
+        return Traced(value, [(len(value), tag)] if value else [])
+    if isinstance(value, dict):
+        label, copy = Tag(tag.source, True), Dict()
+        for key, item in value.items():
+            item_tag = Tag(TOOLS) if key in TOOL_ANSWERS else label if key in LABELS else tag
+            copy[traced(key, label)] = traced(item, item_tag)
+    elif isinstance(value, (list, tuple)):
+        copy = List(traced(item, tag) for item in value)
+    else:
+        return value
+    copy.tag = tag
+    return copy
+
+
+def tags_in(value) -> set[Tag]:
+    """The tags of all the strings, dicts and lists in a value that are traced."""
+    if type(value) is Traced:
+        return {tag for _, tag in value.runs}
+    if not isinstance(value, (dict, list, tuple)):
+        return set()
+    items = itertools.chain(*value.items()) if isinstance(value, dict) else value
+    own = {value.tag} if type(value) in (Dict, List) else set()
+    return own.union(*map(tags_in, items))
+
+
+# ---- what the template prints, and for which message -----------------------------------------------------------------
+
+
+def current_message(candidates) -> int:
+    """The message that is being processed: the first that one of the values at hand belongs to; NONE.
+
+    The values are those of the loop variables, of `messages[i]` and of the arguments of a macro."""
     for value in candidates:
         kind = type(value)
         if kind is Dict or kind is List:
-            if value._source >= 0:
-                return value._source >> 1
+            if value.tag.source >= 0:
+                return value.tag.source
         elif kind is Traced:
-            sources = {tag[0] for _, tag in value.runs}
-            messages = {source >> 1 for source in sources if source >= 0}
-            if len(messages) == 1 and min(sources) >= 0:
-                return messages.pop()
-        elif kind is Argument:
-            return value.message
-    return NOBODY
+            sources = {tag.source for _, tag in value.runs}
+            if len(sources) == 1 and min(sources) >= 0:
+                return sources.pop()
+        elif kind is Tag:  # from `single_message`
+            return value.source
+    return NONE
 
 
-class Argument:
-    """What a macro's arguments belong to."""
-
-    __slots__ = ("message",)
-
-    def __init__(self, message):
-        self.message = message
+def single_message(_, *arguments) -> Tag | None:
+    """The message that the arguments of a macro belong to, if it is only one."""
+    messages = {current_message([argument]) for argument in arguments} - {NONE}
+    return Tag(messages.pop()) if len(messages) == 1 else None
 
 
-def one_owner(_, *arguments):
-    owners = {owner((argument,)) for argument in arguments} - {NOBODY}
-    return Argument(owners.pop()) if len(owners) == 1 else None
+def tag_output(value, *candidates):
+    """A printed value. The current message becomes the printer of what has none yet.
+
+    The output of a macro, or of a {% set %} block, has one already: it was printed there first."""
+    value, message = as_text(value), current_message(candidates)
+    if message == NONE:  # as in {{ messages[0].content }}, before the loop
+        return with_hint(value, {tag.source for _, tag in runs_of(value) if tag.source >= 0})
+    return Traced(value, [(length, with_printer(tag, message)) for length, tag in runs_of(value)])
 
 
-def emit(value, *candidates):
-    """A printed value: what has no printer yet gets one."""
-    message = owner(candidates)
-    value = value if isinstance(value, str) else as_text(value)
-    runs = runs_of(value)
-    if message == NOBODY:
-        return hinted(value, runs, {tag[0] >> 1 for _, tag in runs if tag[0] >= 0})
-    return Traced(value, [(length, tag if tag[1] >= 0 else (tag[0], message, tag[2])) for length, tag in runs])
+@functools.lru_cache(maxsize=4096)  # called for each run that is printed, mostly with arguments that it has had before
+def with_printer(tag: Tag, message: int) -> Tag:
+    return tag._replace(printer=message) if tag.printer == NONE else tag
 
 
-def assign(value, *candidates):
-    """A value that is stored, not printed: the current message is a hint, used if there is none at printing."""
-    if not isinstance(value, str):
-        return value
-    return hinted(value, runs_of(value), {owner(candidates)} - {NOBODY})
+def tag_stored(value, *candidates):
+    """A value that {% set %} stores: it may be printed when no message is being processed, behind the loop."""
+    return with_hint(value, {current_message(candidates)} - {NONE}) if isinstance(value, str) else value
 
 
-def hinted(value, runs, messages):
+def with_hint(text: str, messages: set[int]) -> str:
     if len(messages) != 1:
-        return value
-    hint = -2 - messages.pop()
-    return Traced(value, [(length, (tag[0], hint, tag[2]) if tag[1] == NOBODY else tag) for length, tag in runs])
+        return text
+    hint = messages.pop()
+    runs = [(length, tag._replace(hint=hint) if tag.message == NONE else tag) for length, tag in runs_of(text)]
+    return Traced(text, runs)
 
 
-def printer_of(printer: int) -> int:
-    """The message that a run's `printer` names, as a hint or not; NOBODY."""
-    return printer if printer >= NOBODY else -2 - printer
+class OutputTagger(NodeTransformer):
+    """Rewrites the syntax tree of a template in place, so that all that it prints passes through `tag_output`.
 
+    In a loop over messages `{{ message.content }}` becomes `{{ message.content | __tag_output(message) }}`. The
+    `candidates` that are passed down are the expressions for `current_message`, innermost first."""
 
-def mark(text, block: int) -> Traced:
-    return Traced(text, [(length, (tag[0], tag[1], block)) for length, tag in runs_of(text)])
-
-
-def follow(node, candidates=()):
-    """Rewrites a template's syntax tree in place, so that its output passes through `emit`. Returns the node."""
-    if isinstance(node, nodes.For):
-        node.iter = follow(node.iter, candidates)
-        node.test = follow(node.test, candidates) if node.test else None
-        # inside, `loop` is the inner loop: candidates found through the outer one no longer hold
+    def visit_For(self, node, candidates):
+        node.iter = self.visit(node.iter, candidates)
+        node.test = node.test and self.visit(node.test, candidates)
+        node.else_ = [self.visit(child, candidates) for child in node.else_]
+        # In the body `loop` is this loop, so that expressions with the `loop` around it have another meaning.
         outer = [c for c in candidates if not any(name.name == "loop" for name in c.find_all(nodes.Name))]
-        names = names_in(node.target)
-        by_name, by_loop = owners_by_index(node.body, names)
-        inner = by_name + [nodes.Name(name, "load") for name in names] + by_loop
-        node.body = [follow(child, inner + outer) for child in node.body]
-        node.else_ = [follow(child, candidates) for child in node.else_]
+        names = [name.name for name in nodes.Template([node.target]).find_all(nodes.Name)]
+        by_name, by_loop = indexed_messages(node.body, names)
+        inner = [*by_name, *(nodes.Name(name, "load") for name in names), *by_loop, *outer]
+        node.body = [self.visit(child, inner) for child in node.body]
         return node
-    if isinstance(node, nodes.Macro):
+
+    def visit_Macro(self, node, candidates):
         names = [argument.name for argument in node.args]
-        arguments = [nodes.Name(name, "load") for name in names]
-        candidates = [
-            *owners_by_index(node.body, names)[0],
-            helper(nodes.Const(None), "__one_owner", arguments),
-            *candidates,
-        ]
-        node.body = [follow(child, candidates) for child in node.body]
+        by_name, _ = indexed_messages(node.body, names)
+        # A macro gets a part of a message, mostly, such as its content.
+        single = filtered(nodes.Const(None), "__single_message", [nodes.Name(name, "load") for name in names])
+        return self.generic_visit(node, [*by_name, single, *candidates])
+
+    def visit_Output(self, node, candidates):
+        for k, child in enumerate(node.nodes):
+            if not isinstance(child, nodes.TemplateData):
+                node.nodes[k] = filtered(self.visit(child, candidates), "__tag_output", candidates)
+            elif candidates:  # text between tags; without candidates it needs no tag, as no message prints it
+                node.nodes[k] = filtered(nodes.Const(child.data), "__tag_output", candidates)
         return node
-    if isinstance(node, nodes.Output):
-        node.nodes = [
-            (child if not candidates else helper(nodes.Const(child.data), "__emit", candidates))
-            if isinstance(child, nodes.TemplateData)
-            else helper(follow(child, candidates), "__emit", candidates)
-            for child in node.nodes
-        ]
+
+    def visit_Assign(self, node, candidates):
+        node = self.generic_visit(node, candidates)
+        if candidates and not isinstance(node.node, (nodes.Const, nodes.Call)):
+            node.node = filtered(node.node, "__tag_stored", candidates)
         return node
-    for field, value in node.iter_fields():
-        if isinstance(value, nodes.Node):
-            setattr(node, field, follow(value, candidates))
-        elif isinstance(value, list):
-            setattr(node, field, [follow(v, candidates) if isinstance(v, nodes.Node) else v for v in value])
-    if isinstance(node, nodes.Assign) and candidates and not isinstance(node.node, (nodes.Const, nodes.Call)):
-        node.node = helper(node.node, "__assign", candidates)
-    if isinstance(node, nodes.Concat):
-        return helper(node.nodes[0], "__concat", node.nodes[1:])
-    if isinstance(node, nodes.Mod):
-        return helper(node.left, "__percent", [node.right])
-    return node
+
+    def visit_Concat(self, node, candidates):
+        first, *others = self.generic_visit(node, candidates).nodes
+        return filtered(first, "__concat", others)  # for a ~ b Jinja calls "".join, which forgets the runs
 
 
-def helper(node, name, arguments):
+def filtered(node, name: str, arguments) -> nodes.Filter:
+    """The expression `node | name(*arguments)`."""
     return nodes.Filter(node, name, list(arguments), [], None, None, lineno=node.lineno)
 
 
-def names_in(target) -> list[str]:
-    return [target.name] if isinstance(target, nodes.Name) else [name.name for name in target.find_all(nodes.Name)]
-
-
-def owners_by_index(body, names) -> tuple[list, list]:
-    """`messages[i]` for each `i` of `names`, and `messages[loop.index0]`, as far as the body has them."""
-    container = nodes.Template(body)
-    assigned = {name.name for name in container.find_all(nodes.Name) if name.ctx == "store"}
+def indexed_messages(body: list[nodes.Node], names: list[str]) -> tuple[list, list]:
+    """The expressions `messages[i]` in a body, for each `i` of `names`, and those like `messages[loop.index0]`."""
+    body = nodes.Template(body)
+    # A variable that the body assigns may have no value yet where its name stands.
+    assigned = {name.name for name in body.find_all(nodes.Name) if name.ctx == "store"}
     by_name, by_loop = {}, {}
-    for item in container.find_all(nodes.Getitem):
+    for item in body.find_all(nodes.Getitem):
         if not isinstance(item.node, nodes.Name) or item.node.name in assigned:
             continue
-        if isinstance(item.arg, nodes.Name) and item.arg.name in names:
-            by_name[item.node.name, item.arg.name] = nodes.Getitem(
-                nodes.Name(item.node.name, "load"), nodes.Name(item.arg.name, "load"), "load"
-            )
-        arg = item.arg
-        if isinstance(arg, nodes.Getattr) and arg.attr == "index0" and getattr(arg.node, "name", None) == "loop":
-            by_loop[item.node.name] = nodes.Getitem(
-                nodes.Name(item.node.name, "load"), nodes.Getattr(nodes.Name("loop", "load"), "index0", "load"), "load"
-            )
+        index = item.arg
+        if isinstance(index, nodes.Name) and index.name in names:
+            by_name[item.node.name, index.name] = item
+        elif isinstance(index, nodes.Getattr) and index.attr == "index0" and getattr(index.node, "name", "") == "loop":
+            by_loop[item.node.name] = item
     return [*by_name.values()], [*by_loop.values()]
 
 
@@ -383,107 +348,86 @@ def owners_by_index(body, names) -> tuple[list, list]:
 
 
 class TracingEnvironment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, in which operations on traced text are followed, or give LOST text."""
+    """The sandbox of transformers, in which no operation on a traced text returns plain text."""
 
     concat = staticmethod(joined)
+    intercepted_binops = frozenset(["%"])
 
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
+        # A filter that is not known to be safe may make a text in any way.
         for name, function in FILTERS.items():
-            if name not in KEEPING:
-                self.filters[name] = losing(function)
-        self.filters.update(FOLLOWED)
+            self.filters[name] = function if name in SAFE_FILTERS else approximated(function)
+        self.filters.update(OWN_FILTERS)
 
     def _parse(self, source, name, filename):
-        tree = super()._parse(source, name, filename)
-        follow(tree)
-        return tree.set_environment(self)
+        return OutputTagger().visit(super()._parse(source, name, filename), []).set_environment(self)
 
     def wrap_str_format(self, value):
-        plain = super().wrap_str_format(value)
-        return plain and functools.partial(formatted, value.__self__, plain)
+        """Called for `text.format`, also of a plain text."""
+        function = super().wrap_str_format(value)
+        return function and approximated(function, as_traced(value.__self__))
+
+    def call_binop(self, context, operator, left, right):
+        """Called for `left % right`, where `left` may be plain text and `right` a tuple."""
+        return super().call_binop(context, operator, as_traced(left) if isinstance(left, str) else left, right)
 
     def call(self, context, obj, /, *arguments, **keywords):
+        """Called for every call. A method of a plain text, as in ", ".join(texts), has to follow its arguments."""
         text = getattr(obj, "__self__", None)
-        if type(text) is str and any(tags_in(a if isinstance(a, (str, list, tuple)) else None) for a in arguments):
-            obj = getattr(
-                Traced(text, runs_of(text)), obj.__name__
-            )  # ", ".join(...) of a string that is the template's
+        if type(text) is str:
+            obj = getattr(as_traced(text), obj.__name__)
         return super().call(context, obj, *arguments, **keywords)
 
 
-def formatted(form, plain, *arguments, **keywords):
-    text = str.__str__(plain(*arguments, **keywords))
-    pieces, count = [], 0
-    for literal, field, spec, conversion in string.Formatter().parse(form):
-        pieces.append(literal)
-        if field is None:
-            continue
-        key = field or str(count)
-        count += 1
-        value = arguments[int(key)] if key.isdigit() and int(key) < len(arguments) else keywords.get(key)
-        if spec or conversion:
-            return whole(text, (form, *arguments, keywords))
-        pieces.append(value)
-    pieces = joined(pieces)
-    return pieces if pieces == text else whole(text, (form, *arguments, keywords))
+class GenerationTag(Extension):
+    """The tag {% generation %} ... {% endgeneration %}: numbers its blocks, and tags the text in each."""
 
+    tags = {"generation"}
 
-def losing(function):
-    @functools.wraps(function)  # and with it what Jinja passes in front of the arguments
-    def followed(*arguments, **keywords):
-        result = function(*arguments, **keywords)
-        if isinstance(result, str) and type(result) is not Traced:
-            origin = [a for a in (*arguments, *keywords.values()) if isinstance(a, (str, list, tuple, dict))]
-            if any(tags_in(a) for a in origin):
-                return whole(result, origin)
-        return result
+    def __init__(self, environment):
+        super().__init__(environment)
+        environment.extend(has_generation_tags=False)  # sets an attribute of the environment
+        self.numbers = itertools.count(1)
 
-    return followed
+    def parse(self, parser):
+        self.environment.has_generation_tags = True
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        return nodes.CallBlock(self.call_method("tag_block"), [], [], body).set_lineno(line)
+
+    def tag_block(self, caller):
+        text, block = caller(), next(self.numbers)
+        return Traced(text, [(length, tag._replace(block=block)) for length, tag in runs_of(text)])
 
 
 @jinja2.pass_environment
 def join(environment, value, d="", attribute=None):
     items = map(make_attrgetter(environment, attribute), value) if attribute is not None else value
-    return Traced(d, runs_of(d)).join(items)
-
-
-def indent(s, width=4, first=False, blank=False):
-    """As Jinja's: lines but the first (or all of them), and blank ones only on request, start with `width`."""
-    indention = width if isinstance(width, str) else " " * width
-    lines = joined([s, "\n"]).splitlines()
-    if not blank:
-        lines = [lines[0], *(indention + line if line else line for line in lines[1:])]
-    return joined([indention if first else "", Traced("\n" + indention if blank else "\n").join(lines)])
-
-
-def replace(s, old, new, count=None):
-    return joined([s]).replace(old, new, -1 if count is None else count)
+    return as_traced(d).join(items)
 
 
 def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    # Jinja's own escapes HTML characters
+    """As transformers defines it: Jinja's own escapes the characters of HTML."""
     text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    return whole(text, value) if tags_in(value) else text
+    return approximate(text, value)
 
 
-# Jinja's own filters that pass on the values they are given, or call a method of them
-KEEPING = {
-    *("abs", "attr", "batch", "capitalize", "count", "d", "default", "dictsort", "first", "float", "groupby", "int"),
-    *("items", "last", "length", "list", "lower", "map", "max", "min", "random", "reject", "rejectattr", "reverse"),
-    *("round", "select", "selectattr", "slice", "sort", "sum", "trim", "unique", "upper", "wordcount"),
-}
-FOLLOWED = {
+# Filters of Jinja that pass on values which they are given, or return numbers.
+SAFE_FILTERS = (
+    "abs attr batch count d default dictsort first float groupby int items last length list map max min random reject "
+    "rejectattr reverse round select selectattr slice sort sum unique wordcount"
+).split()
+OWN_FILTERS = {
     "join": join,
-    "indent": indent,
-    "replace": replace,
+    "replace": lambda text, old, new, count=-1: as_traced(text).replace(old, new, count),
     "string": as_text,
+    "format": lambda form, *values, **named: as_traced(form) % (named or values),
     "safe": lambda value: value,  # nothing is escaped in chat templates
     "tojson": tojson,
-    "format": lambda form, *values, **named: percent(form, named or values),
-    "__emit": emit,
-    "__assign": assign,
-    "__one_owner": one_owner,
+    "trim": lambda value, chars=None: as_text(value).strip(chars),
+    "__tag_output": tag_output,
+    "__tag_stored": tag_stored,
+    "__single_message": single_message,
     "__concat": lambda *values: joined(values),
-    "__percent": percent,
 }

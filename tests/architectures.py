@@ -21,9 +21,9 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import attention  # noqa: E402
-import config as configuration  # noqa: E402
-import data  # noqa: E402
-import model as modelling  # noqa: E402
+import config  # noqa: E402
+import model as modeling  # noqa: E402
+import packing  # noqa: E402
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -99,16 +99,17 @@ def by_itself(model_config):
 def differences(model_config, **asked) -> tuple[float, float, bool, bool]:
     """(of the loss, of the gradient, apart, plain): relative, of the documents in packed rows and by themselves.
     `asked`: keys of the section `model`. Raises ValueError where the model is refused."""
-    asked = configuration.Model(name=model_config.model_type, dtype="float32", **asked)
-    kernel = attention.choose(asked, modelling.class_of(asked, model_config), CPU)
+    asked = config.Model(name=model_config.model_type, dtype="float32", **asked)
+    model_class = modeling.model_class(asked.name, model_config)
+    kernel = attention.choose(asked.attention, asked.dtype, model_class, CPU)
     model = random_model(model_config, kernel)
-    modelling.prepare_for_training(model, asked)
-    apart = modelling.check_attention(model, asked)
-    plain = modelling.has_plain_head(model)
+    modeling.prepare_for_training(model, asked)
+    apart = attention.check_packing(model, asked.name, torch.float32)
+    plain = modeling.has_plain_head(model)
     model.eval()
-    packed_loss = modelling.PackedLoss(model, plain)
+    packed_loss = modeling.PackedLoss(model, plain)
     rows = [[0, 1, 2, 3]] if apart else [[0], [1], [2], [3]]
-    packed = sum(packed_loss(data.collate(documents(), row)) for row in rows)
+    packed = sum(packed_loss(packing.collate(documents(), row)) for row in rows)
     alone, separate = by_itself(model_config)
     packed.backward(), separate.backward()
 

@@ -1,4 +1,4 @@
-"""Exactly what the assistant says is trained: known templates, generated conversations, tokens."""
+"""Exactly what the assistant says is trained: known templates, random conversations, tokens."""
 
 import datetime
 import hashlib
@@ -8,11 +8,13 @@ import re
 from pathlib import Path
 
 import pytest
+from jinja2.filters import FILTERS
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 import templates
+import tracing
 from data import OpenAssistant, Squad
 
 FOLDER = Path(__file__).parent / "templates"
@@ -30,7 +32,7 @@ CHAT = [
 ]
 
 
-def spoken(chat_template, messages, tools=None, **variables):
+def trained_texts(chat_template, messages, tools=None, **variables):
     text, spans = templates.render(chat_template, messages, tools, **variables)
     expected, _ = chat_template_utils.render_jinja_template(
         [messages], chat_template=chat_template, tools=tools, **variables
@@ -93,9 +95,9 @@ def test_generation_tags_give_the_same_as_the_template_without_them(path, monkey
 
 
 def test_a_turn_is_trained_from_the_generation_prompt_to_its_end():
-    assert spoken(CHATML, CHAT) == ["First.<|im_end|>", " Second. <|im_end|>"]
-    assert spoken(Squad.custom_template, CHAT[:3]) == [" First."]
-    assert spoken(OpenAssistant.custom_template, CHAT, eos_token="</s>") == ["First.</s>", "Second.</s>"]
+    assert trained_texts(CHATML, CHAT) == ["First.<|im_end|>", " Second. <|im_end|>"]
+    assert trained_texts(Squad.custom_template, CHAT[:3]) == [" First."]
+    assert trained_texts(OpenAssistant.custom_template, CHAT, eos_token="</s>") == ["First.</s>", "Second.</s>"]
 
 
 def test_generation_tags_are_obeyed():
@@ -104,28 +106,91 @@ def test_generation_tags_are_obeyed():
         "{% if m.role == 'assistant' %}A:{% generation %}{{ m.content }};"
         "{% endgeneration %}{% else %}{{ '<|im_start|>'",
     ).replace("{% endfor", "{% endif %}{% endfor")
-    assert spoken(tagged, CHAT) == ["First.;", " Second. ;"]
+    assert trained_texts(tagged, CHAT) == ["First.;", " Second. ;"]
 
 
 def test_a_turn_that_the_template_writes_differently_later_is_trained_as_it_stands_in_the_text():
     looks_ahead = CHATML.replace("m['content']", "(m['content'] if loop.last else '...')")
-    assert spoken(looks_ahead, CHAT) == ["...<|im_end|>", " Second. <|im_end|>"]
+    assert trained_texts(looks_ahead, CHAT) == ["...<|im_end|>", " Second. <|im_end|>"]
 
 
 @pytest.mark.parametrize(
-    "template, said",
+    "template, texts",
     [
-        ("{{ messages | tojson }}", "cannot be followed"),
-        ("{{ messages | map(attribute='content') | join(' ') }}", "messages.2.: .*where another message is due"),
-        (CHATML.replace("<|im_start|>assistant", "<|im_start|>bot"), "header cannot be told from what follows"),
-        ("{% for m in messages %}{{ m.content }", "line 1"),
-        ("{{ raise_exception('no system message, please') }}", "no system message, please"),
-        (CHATML.replace("m['content']", "messages[-1]['content']"), "messages.2.: .*not the assistant's"),
+        # The start: the prompt has been printed for the question; without a prompt the header is trained; an old turn
+        # has only a part of the prompt.
+        (
+            "{% for m in messages %}{{ 'Q: ' if m.role == 'user' }}{{ m.content }};"
+            "{{ 'A: ' if m.role == 'user' and (not loop.last or add_generation_prompt) }}{% endfor %}",
+            ["Hi;", "Ho;"],
+        ),
+        (
+            "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ '!' if loop.last }};{% endfor %}",
+            ["<assistant>Hi;", "<assistant>Ho!;"],
+        ),
+        (
+            "{% for m in messages %}<{{ m.role }}>{{ '<think>' if loop.last and m.role == 'assistant' }}"
+            "{{ m.content }};{% endfor %}{{ '<assistant><think>' if add_generation_prompt }}",
+            ["Hi;", "Ho;"],
+        ),
+        # The end: EOS that is printed with the next question; what closes every conversation.
+        (
+            "{% for m in messages %}{{ '</s>' if loop.index == 3 }}<{{ m.role }}>{{ m.content }}{% endfor %}"
+            "{{ '<assistant>' if add_generation_prompt }}",
+            ["Hi</s>", "Ho"],
+        ),
+        (
+            "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ ';' if not loop.last }}{% endfor %}"
+            "{{ '<assistant>' if add_generation_prompt else '<|endofchat|>' }}",
+            ["Hi;", "Ho<|endofchat|>"],
+        ),
     ],
 )
-def test_what_cannot_be_known_is_refused(template, said):
-    with pytest.raises(ValueError, match=said):
+def test_each_rule_for_the_start_and_the_end_of_a_turn(template, texts):
+    roles = ["user", "assistant", "user", "assistant"]
+    messages = [{"role": role, "content": text} for role, text in zip(roles, ["A", "Hi", "B", "Ho"], strict=True)]
+    assert trained_texts(template, messages, eos_token="</s>") == texts
+
+
+@pytest.mark.parametrize(
+    "template, named",
+    [
+        ("{{ messages | tojson }}", r"character 0 .*\{% generation %\}"),
+        ("{{ messages | map(attribute='content') | join(' ') }}", r"messages\[2\].* at character 15"),
+        (CHATML.replace("<|im_start|>assistant", "<|im_start|>bot"), r"messages\[2\].*<\|im_start\|>bot"),
+        ("{% for m in messages %}{{ m.content }", "line 1"),
+        ("{{ raise_exception('no system message, please') }}", "no system message, please"),
+        (CHATML.replace("m['content']", "messages[-1]['content']"), r"messages\[2\].* at character \d+"),
+        (CHATML.replace("m['content']", "('<%s>' % m['content'])"), r"character \d+.*<Be brief"),
+    ],
+)
+def test_what_cannot_be_known_is_refused(template, named):
+    with pytest.raises(ValueError, match=named):
         templates.render(template, CHAT)
+
+
+def test_no_operation_turns_a_message_into_text_of_the_template():
+    environment = templates.compile_template("").tracing.environment
+    text = tracing.traced("<ä> öü é\n{} %s", tracing.Tag(source=0))  # what is not ASCII is the message's
+    functions = [f"text.{name}(" for name in dir(str) if name[0] != "_" and name != "maketrans"]
+    functions += ["'<%s>'.join(", "'{}'.format(", "'a'.replace(", "'a'.join(text | map("]
+    functions += [f"{value} | {name}(" for value in ("text", "'a%s'", "[text, 'a']") for name in FILTERS]
+    arguments = "; 1; 40; 'e'; 'e', 'x'; ['a', 'b']; text; 'a', text; [text]; {}; {97: 'b'}; 'trim')".split("; ")
+    operations = [f"{function}{of})" for function in functions for of in arguments]
+    operations += "text[1] text[1:5] text[::-1] text+'a' 'a'+text text*2 2*text text~1 [text][0] '%s'%text".split()
+    operations += ["'<%s%s>' % (text, 1)", "'{a}'.format(a=text)", "'{0}{1}'.format(1, text)", "(text,) | string"]
+    followed = 0
+    for operation in operations:
+        try:
+            template = environment.from_string("{% for x in [" + operation + "] %}{{ x }}{% endfor %}")
+            printed = template.render(text=text)
+        except Exception:  # the operation does not take such values
+            continue
+        tags = [tag for length, tag in tracing.runs_of(printed) for _ in range(length)]
+        own = [c for c, tag in zip(printed, tags, strict=True) if tag.source not in (0, tracing.UNTRACKED)]
+        assert "".join(own).isascii(), operation
+        followed += not printed.isascii()
+    assert followed > 200
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
@@ -176,23 +241,23 @@ def text_of(tokenizer, ids):
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def any_content(chance):
+def random_content(rng):
     words = ["hello", " the", "fox ", "\n", "  ", "é", "漢字", "🙂", "e\u0301", "<|im", "assistant", "\tx", ".", "0"]
-    return "".join(chance.choice(words) for _ in range(chance.randint(0, 8)))
+    return "".join(rng.choice(words) for _ in range(rng.randint(0, 8)))
 
 
-def any_chat(chance):
-    messages = [{"role": "system", "content": any_content(chance)}] if chance.random() < 0.5 else []
-    for _ in range(chance.randint(1, 4)):
-        messages.append({"role": "user", "content": any_content(chance)})
-        messages.append({"role": "assistant", "content": any_content(chance)})
+def random_chat(rng):
+    messages = [{"role": "system", "content": random_content(rng)}] if rng.random() < 0.5 else []
+    for _ in range(rng.randint(1, 4)):
+        messages.append({"role": "user", "content": random_content(rng)})
+        messages.append({"role": "assistant", "content": random_content(rng)})
     return messages
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "metaspace", "prepend"])
 @pytest.mark.parametrize("bos", [None, "<s>"])
 @pytest.mark.parametrize("template", ["chatml", "with bos", "plain"])
-def test_tokens_are_the_text_labels_the_spans_and_prompts_what_inference_feeds(kind, bos, template):
+def test_ids_are_the_text_labels_the_spans_and_the_prompt_what_is_fed(kind, bos, template):
     tokenizer = make_tokenizer(kind, eos_token="</s>", **({"bos_token": bos} if bos else {}))
     chat_template = {
         "chatml": CHATML,
@@ -202,7 +267,7 @@ def test_tokens_are_the_text_labels_the_spans_and_prompts_what_inference_feeds(k
     }[template]
     saved = templates.with_bos(tokenizer, chat_template)
     for seed in range(60):
-        messages = any_chat(random.Random(seed))
+        messages = random_chat(random.Random(seed))
         text, spans = templates.render(saved, messages, **tokenizer.special_tokens_map)
         ids, labels = templates.encode(tokenizer, messages, None, chat_template)
         assert len(ids) == len(labels)
@@ -231,7 +296,7 @@ def test_the_prompt_of_every_turn_is_what_inference_feeds():
         tokenizer = make_tokenizer(kind, eos_token="</s>")
         for seed in range(40):
             # (a header and an answer that begins with white space are one token when the text is read again)
-            messages = [{**m, "content": m["content"].strip() or "."} for m in any_chat(random.Random(seed))]
+            messages = [{**m, "content": m["content"].strip() or "."} for m in random_chat(random.Random(seed))]
             ids, labels = templates.encode(tokenizer, messages, None, CHATML)
             starts = [i for i in range(1, len(ids)) if labels[i] >= 0 > labels[i - 1]]
             turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -256,58 +321,25 @@ def test_a_message_or_all_but_the_last_can_be_left_out_of_the_loss():
         assert trained([*CHAT[:4], {**CHAT[4], **off}], "last") == ""
     with pytest.raises(ValueError, match=r'messages\[2\]: "train"'):
         trained([*CHAT[:2], {**CHAT[2], "train": "no"}, *CHAT[3:]])
-    with pytest.raises(ValueError, match='"weight" 0 or 1'):
+    with pytest.raises(ValueError, match=r'messages\[2\].*"weight"'):
         trained([*CHAT[:2], {**CHAT[2], "weight": 0.5}, *CHAT[3:]])
 
 
 @pytest.mark.parametrize("train", [0, 0.0, 1, "false"])
-def test_what_is_no_truth_value_does_not_say_what_is_trained(train):
+def test_train_has_to_be_true_or_false(train):
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": train}]
-    with pytest.raises(ValueError, match='"train" must be true or false'):
+    with pytest.raises(ValueError, match=r'messages\[1\]: "train"'):
         templates.encode(AutoTokenizer.from_pretrained("configs/quickstart"), messages)
 
 
 def test_a_template_that_prints_no_answer_is_refused():
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    with pytest.raises(ValueError, match="prints nothing of what the assistant says"):
+    with pytest.raises(ValueError, match="chat template prints nothing"):
         templates.encode(AutoTokenizer.from_pretrained("configs/quickstart"), messages, chat_template="hello")
 
 
-def test_what_a_template_leaves_out_is_told():
-    template = (
-        "{% for message in messages %}{% if message.role != 'system' %}<{{ message.role }}>"
-        "{{ message.content.split('</think>')[-1] }}"
-        "{% if message.reasoning_content and loop.last %}({{ message.reasoning_content }}){% endif %};{% endif %}"
-        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
-    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
-    messages = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Ho", "thinking": "hm", "tool_calls": [call]},
-        {"role": "user", "content": " "},
-        {"role": "assistant", "content": "<think>hm</think>Ha", "reasoning_content": "hm"},
-    ]
-    found = templates.left_out(template, messages, [call])
-    assert found == [
-        ("tools", True),
-        ("content (system)", True),
-        ("content (user)", False),
-        ("content (assistant)", False),
-        ("tool_calls (assistant)", True),
-        ("reasoning_content (assistant)", True),
-        ("content (user)", False),
-        ("content (assistant)", True),  # the thoughts in it
-        ("reasoning_content (assistant)", False),
-    ]
-    template += "{{ tools }}{{ messages[0].content }}{{ messages[2].tool_calls | tojson }}{{ messages[2].thinking }}"
-    messages[-1]["content"] = [{"type": "text", "text": "Ha"}]
-    template = template.replace("message.content.split('</think>')[-1]", "message.content | string")
-    assert not any(missing for _, missing in templates.left_out(template, messages, [call]))
-
-
-def test_a_header_that_is_trained_as_there_is_no_prompt_is_told():
-    without = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
-    assert templates.trained_header(without) == "<assistant>"
-    assert templates.trained_header(without + "{% if add_generation_prompt %}<assistant>{% endif %}") == ""
-    assert templates.trained_header("{% for m in messages %}{{ m.content }} {% endfor %}") == ""
+def test_the_example_of_the_explanation_prints_what_it_shows(capsys):
+    page = Path("docs/masks.md").read_text(encoding="utf-8")
+    code, output = re.search(r"```python\n(.*?)```.*?```\n(.*?)```", page, re.DOTALL).groups()
+    exec(code, {})
+    assert capsys.readouterr().out == output
