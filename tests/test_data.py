@@ -1,170 +1,316 @@
+import gzip
 import json
-import multiprocessing
 import os
-import signal
 
 import datasets
-import numpy as np
 import pytest
-from transformers import AutoTokenizer
 
 import config
 import data
-import formats
 
-TOKENIZER = AutoTokenizer.from_pretrained("configs/quickstart")
-TEMPLATE = TOKENIZER.chat_template
-
-
-def chat(*contents, **first):
-    roles = ["user", "assistant"] * len(contents)
-    messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
-    return {"messages": messages, **first}
-
-
-def tokens_of(tmp_path, rows, **options):
-    folder = data.tokenise(rows, TOKENIZER, TEMPLATE, "all", tmp_path / "cache", "test", 1)
-    return data.Examples([folder], options.get("max_seq_length", 1000), options.get("overlong", "drop"))
-
-
-def test_the_batch_that_reaches_the_model_has_labels_on_the_answers_alone(tmp_path):
-    examples = tokens_of(tmp_path, [chat("One?", "First.", "Two?", "Second."), chat("Three?", "Third.")])
-    batch = data.collate(examples, [0, 1])
-    ids, positions, targets = batch["input_ids"][0], batch["positions"].tolist(), batch["targets"]
-    whole = [examples[i][0].tolist() for i in (0, 1)]
-    kept = [len(document) - 2 for document in whole]  # the last end of a turn is predicted, and a line break follows it
-    assert ids.tolist() == whole[0][:-2] + whole[1][:-2] and batch["documents"].ends == [kept[0], sum(kept)]
-    assert batch["position_ids"][0].tolist() == [*range(kept[0]), *range(kept[1])]
-    following = whole[0][1:-1] + whole[1][1:-1]
-    assert [following[position] for position in positions] == targets.tolist()
-    assert TOKENIZER.decode(targets) == "First.<|im_end|>Second.<|im_end|>Third.<|im_end|>"
-    first = [ids[position] for position in positions if position - 1 not in positions]
-    assert TOKENIZER.decode(first) == "\n\n\n"  # a turn is fed up to "assistant\n"
+ASK, ANSWER = {"role": "user", "content": "One?"}, {"role": "assistant", "content": "First."}
+CALL = {"role": "assistant", "content": "", "tool_calls": [
+    {"type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}]}  # fmt: skip
+SAME = {  # rows of each format, and the messages that they are
+    "messages": ({"messages": [ASK, ANSWER]}, [ASK, ANSWER]),
+    "prompt_completion": ({"prompt": "One?", "completion": "First."}, [ASK, ANSWER]),
+    "alpaca": (
+        {"instruction": "Add.", "input": "1 2", "output": "3", "system": "Be short.", "history": [["a", "b"]]},
+        [
+            {"role": "system", "content": "Be short."}, {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"}, {"role": "user", "content": "Add.\n\n1 2"},
+            {"role": "assistant", "content": "3"},
+        ],
+    ),
+    "sharegpt": (
+        {"system": "Be short.", "conversations": [
+            {"from": "human", "value": "One?"},
+            {"from": "function_call", "value": '{"name": "look", "arguments": {"at": "it"}}'},
+            {"from": "observation", "value": "1"}, {"from": "gpt", "value": "First.", "weight": 0}]},
+        [{"role": "system", "content": "Be short."}, ASK, CALL, {"role": "tool", "content": "1"},
+         {**ANSWER, "weight": 0}],
+    ),
+}  # fmt: skip
 
 
-def test_a_conversation_of_the_maximal_length_is_kept_and_one_more_is_overlong(tmp_path):
-    length = int(tokens_of(tmp_path, [chat("One?", "First.")]).lengths[0])
-    kept = [len(tokens_of(tmp_path, [chat("One?", "First.")], max_seq_length=length + k)) for k in (-1, 0, 1)]
-    assert kept == [0, 1, 1]
-    cut = tokens_of(tmp_path, [chat("One?", "First.")], max_seq_length=length - 2, overlong="truncate")
-    assert cut.lengths.tolist() == [length - 2] and cut.totals[0]["overlong"] == 1
-    assert TOKENIZER.convert_tokens_to_ids("<|im_end|>") not in cut[0][1]  # no end of a turn that was cut
-    with pytest.raises(ValueError, match="max_seq_length"):
-        tokens_of(tmp_path, [chat("One?", "First.")], max_seq_length=length - 1, overlong="error")
+@pytest.fixture(autouse=True)
+def hub_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(data.huggingface_hub.constants, "HF_HOME", str(tmp_path_factory.mktemp("hf")))
 
 
-def test_tokens_are_made_once_and_again_when_anything_changes(tmp_path):
-    def folder(rows, template=TEMPLATE, train_on="all"):
-        return data.tokenise(rows, TOKENIZER, template, train_on, tmp_path, "test", 1)
-
-    first = folder([chat("One?", "First.")])
-    made = (first / "input_ids").stat().st_mtime_ns
-    assert folder([chat("One?", "First.")]) == first and (first / "input_ids").stat().st_mtime_ns == made
-    others = [folder([chat("One?", "first.")]), folder([chat("One?", "First.")], TEMPLATE + "{# #}")]
-    others.append(folder([chat("One?", "First.")], train_on="last"))
-    assert len({first, *others}) == 4
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
-def test_many_processes_write_the_tokens_of_one(tmp_path):
-    rows = [chat(f"{i}?", f"It is {i}.") for i in range(1500)]
-    one, two = (
-        data.tokenise(rows, TOKENIZER, TEMPLATE, "all", tmp_path / str(workers), "test", workers) for workers in (1, 2)
-    )
-    assert all((one / name).read_bytes() == (two / name).read_bytes() for name in ("input_ids", "labels"))
+def read(path, format=None):
+    return data.read_files(data.find_files(str(path)), format)
 
 
-def test_a_killed_process_ends_the_tokenising_with_a_reason(tmp_path):
-    class Rows(list):
-        def __getitem__(self, i):
-            if i == 700 and multiprocessing.parent_process():  # in a worker
-                os.kill(os.getpid(), signal.SIGKILL)
-            return super().__getitem__(i)
-
-    rows = Rows(chat(f"{i}?", f"It is {i}.") for i in range(1500))
-    with pytest.raises(ValueError, match="a process that tokenises ended without a word"):
-        data.tokenise(rows, TOKENIZER, TEMPLATE, "all", tmp_path, "test", 2)
-    assert [*tmp_path.iterdir()] == []
+def conversations(rows, name="rows"):
+    return [data.read_conversation(rows, i, name) for i in range(len(rows))]
 
 
-def test_arrow_adds_nothing_to_the_tool_calls_of_a_class(tmp_path):
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_come_exactly_as_they_stand_in_the_file(tmp_path):
+    values = [{"x": 3.141592653589793, "y": None, "z": [1, {"w": "é"}, []]}, {"x": 2**70, "s": "42", "t": "null"}, {}]
+    rows = []
+    for value in values:
+        call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": value}}]}
+        blocks = {"role": "user", "content": [{"type": "text", "text": "Go"}]}
+        rows.append({"messages": [blocks, call], "tools": [{"name": "f", "parameters": value}]})
+    rows.append({"messages": [ASK, {**ANSWER, "content": "42"}], "other": "left alone"})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    for path in (write(tmp_path / "rows.jsonl", *rows), tmp_path / "rows.json"):
+        found = conversations(read(path))
+        assert json.dumps(found) == json.dumps([{k: v for k, v in row.items() if k != "other"} for row in rows])
+
+
+def test_a_folder_and_a_glob_are_all_their_files_by_name(tmp_path):
+    def row(i):
+        return {"messages": [{"role": "user", "content": str(i)}, ANSWER]}
+
+    (tmp_path / "more").mkdir()
+    write(tmp_path / "a.jsonl", row(0), row(1))
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.write(json.dumps(row(2)) + "\n" + json.dumps(row(3)))
+    (tmp_path / "more/c.json").write_text(json.dumps([row(4)]))
+    datasets.Dataset.from_list([row(5)]).to_parquet(tmp_path / "more/d.parquet")
+    (tmp_path / "README.md").write_text("Not data.")
+    rows = read(tmp_path)
+    assert [rows[i]["messages"][0]["content"] for i in range(len(rows))] == list("012345")
+    for i, place in ((1, "a.jsonl:2"), (3, "b.jsonl.gz:2"), (4, "more/c.json:0"), (5, "more/d.parquet:0")):
+        with pytest.raises(ValueError, match=f"{tmp_path}/{place}: wrong"), data.at_row(rows, i, "rows"):
+            raise ValueError("wrong")
+    assert len(read(f"{tmp_path}/*.jsonl*")) == 4 and len(read(f"{tmp_path}/**/*.j*")) == 5
+    for wrong in ("*.csv", "none.jsonl", "*.md"):
+        with pytest.raises(ValueError, match=wrong.replace("*", r"\*") + r".*\.jsonl, \.jsonl\.gz"):
+            read(f"{tmp_path}/{wrong}")
+
+
+def test_hidden_files_are_no_data_nor_are_those_validated_on(tmp_path):
+    row = {"prompt": "a", "completion": "b"}
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    for name in (".ipynb_checkpoints/a.jsonl", ".b.jsonl", "c.jsonl", "val.jsonl"):
+        write(tmp_path / name, {**row, "prompt": name})
+    splits = data.load_dataset_class(str(tmp_path), {"validation": f"{tmp_path}/val.jsonl"}).formatted_ds
+    prompts = {split: [row["messages"][0]["content"] for row in rows] for split, rows in splits.items()}
+    assert prompts == {"train": ["c.jsonl"], "validation": ["val.jsonl"]}
+    splits = data.load_dataset_class(f"{tmp_path}/val.jsonl", {"validation": f"{tmp_path}/val.jsonl"}).formatted_ds
+    assert len(splits["train"]) == 1  # it is named, so it is wanted
+
+
+@pytest.mark.parametrize("text", [b"%s\n%s", b"%s\r\n%s\n\n \n", b"\xef\xbb\xbf%s\n\n%s\n"])
+def test_a_row_is_a_line_whatever_the_lines_end_with(tmp_path, text):
+    line = json.dumps({"prompt": "a\u2028", "completion": "b"}, ensure_ascii=False).encode()
+    (tmp_path / "rows.jsonl").write_bytes(text % (line, line))
+    assert [row["messages"][0]["content"] for row in conversations(read(tmp_path / "rows.jsonl"))] == ["a\u2028"] * 2
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".json", ".parquet"])
+def test_a_file_is_never_read_from_a_stale_cache(tmp_path, ending):
+    path, answers, prints = tmp_path / f"rows{ending}", [], []
+    for answer in ("b", "c"):
+        row = {"prompt": "a", "completion": answer}
+        if ending == ".parquet":
+            datasets.Dataset.from_list([row]).to_parquet(path)
+        else:
+            (gzip.open if ending.endswith("gz") else open)(path, "wt").write(
+                json.dumps([row] if ending == ".json" else row)
+            )
+        os.utime(path, (1, 1))  # the same size, too
+        rows = read(path)
+        answers.append(rows[0]["messages"][1]["content"])
+        prints.append(rows._fingerprint)
+    assert answers == ["b", "c"] and prints[0] != prints[1]
+    assert read(path)._fingerprint == prints[1]
+    assert read(path, "prompt_completion")._fingerprint != prints[1]
+
+
+@pytest.mark.parametrize(
+    "name, content, reason",
+    [
+        ("rows.jsonl.gz", b"no gzip", "gzip"), ("rows.json", b"{", "Expecting"),
+        ("rows.parquet", b"no parquet", "[Pp]arquet"), ("rows.jsonl", b"\n", "no rows"),
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, reason):
+    (tmp_path / name).write_bytes(content)
+    for _ in range(2):  # nothing of the first time is used the second time
+        with pytest.raises(ValueError, match=f"{name}.*{reason}"):
+            read(tmp_path / name)
+
+
+# ---- formats ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", SAME)
+def test_each_format_is_recognized_and_read_as_its_messages(tmp_path, format):
+    row, messages = SAME[format]
+    datasets.Dataset.from_list([row, row]).to_parquet(tmp_path / "rows.parquet")
+    for rows in (
+        read(write(tmp_path / "rows.jsonl", row, row)),
+        read(write(tmp_path / "rows.jsonl", row, row), format),
+        read(tmp_path / "rows.parquet"),
+        data.as_conversations(datasets.Dataset.from_list([row, row]), None),
+    ):
+        assert conversations(rows)[1]["messages"] == messages
+
+
+@pytest.mark.parametrize("row", [{"messages": [ASK, ANSWER]}, {"prompt": [ASK], "completion": [ANSWER]}])
+def test_a_system_column_is_the_first_message(tmp_path, row):
+    rows = read(write(tmp_path / "rows.jsonl", {**row, "system": "Be brief."}))
+    assert rows[0]["messages"] == [{"role": "system", "content": "Be brief."}, ASK, ANSWER]
+
+
+def test_of_a_prompt_of_messages_nothing_is_trained(tmp_path):
+    prompt = [ASK, {**ANSWER, "train": None}, ASK]
+    rows = [{"prompt": prompt, "completion": [ANSWER]}, {"prompt": [ASK, ANSWER, ASK], "completion": [ANSWER]}]
+    for row in conversations(read(write(tmp_path / "rows.jsonl", rows[0], {**rows[1], "tools": '[{"name": "f"}]'}))):
+        assert row["messages"] == [ASK, {**ANSWER, "train": False}, ASK, ANSWER]
+    assert row["tools"] == [{"name": "f"}]
+
+
+@pytest.mark.parametrize(
+    "rows, reasons",
+    [
+        ([{"messages": [], "prompt": "a", "completion": "b"}], [":1: ", "messages and prompt_completion"]),
+        ([{"prompt": "a", "completion": "b"}, {"prompt": "a", "chosen": "b"}], [":2: ", "prompt", "no format"]),
+        ([{"text": "a"}], [":1: ", "text", "no format"]),
+        ([{"prompt": None, "completion": "b"}], [":1: ", "completion", "no format"]),
+        ([{"instruction": "a", "output": "b"}] * 500 + [{"instruction": "a", "output": "b", "messages": [ASK, ANSWER]}],
+         [":501: ", "messages and alpaca"]),
+    ],
+)  # fmt: skip
+def test_a_row_without_one_format_of_its_own_is_an_error(tmp_path, rows, reasons):
+    def check(open_rows, place):
+        with pytest.raises(ValueError) as error:
+            conversations(open_rows(), "hub")
+        assert all(reason in str(error.value) for reason in [place, *reasons[1:], "data.args.format"])
+
+    path = write(tmp_path / "rows.jsonl", *rows)
+    check(lambda: read(path), f"{path}{reasons[0]}")
+    columns = dict.fromkeys(name for row in rows for name in row)
+    table = datasets.Dataset.from_list([{**columns, **row} for row in rows])
+    check(lambda: data.as_conversations(table, None), f"hub row {int(reasons[0][1:-2]) - 1}: ")
+
+
+def test_rows_of_several_formats_are_each_read_in_their_own(tmp_path):
+    rows = conversations(read(write(tmp_path / "rows.jsonl", *(row for row, _ in SAME.values()))))
+    assert [row["messages"] for row in rows] == [messages for _, messages in SAME.values()]
+    columns = {"prompt": None, "completion": None, "messages": None}
+    table = datasets.Dataset.from_list([columns | SAME[name][0] for name in ("messages", "prompt_completion")])
+    assert [row["messages"] for row in conversations(data.as_conversations(table, None))] == [[ASK, ANSWER]] * 2
+
+
+def test_a_json_file_of_one_object_is_that_row(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps({"data": [SAME["messages"][0]]}))
+    with pytest.raises(ValueError, match="rows.json:0: .*columns data are of no format"):
+        conversations(read(tmp_path / "rows.json"))
+
+
+def test_a_format_that_is_named_decides_between_two(tmp_path):
+    path = write(tmp_path / "rows.jsonl", {"messages": [ASK, ANSWER], "prompt": "a", "completion": "b"})
+    assert read(path, "messages")[0]["messages"] == [ASK, ANSWER]
+    assert read(path, "prompt_completion")[0]["messages"][0]["content"] == "a"
+    with pytest.raises(ValueError, match="data.args.format = chat;.*sharegpt"):
+        conversations(read(path, "chat"))
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ("{", "JSONDecodeError"),
+        ([5], "no format"),
+        ({"messages": []}, "no assistant turn"),
+        ({"messages": [{**ANSWER, "tool_calls": "x"}]}, r"messages\[0\]: tool_calls is 'x'"),
+        ({"messages": [ASK, ANSWER], "tools": [5]}, r"tools is '\[5\]'"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, r"messages\[0\]: the role 'robot'"),
+        ({"messages": [{"role": "user", "content": 3}]}, r"messages\[0\]: the content is '3'"),
+        ({"messages": [{**ASK, "content": "a \ud83d"}, ANSWER]}, "surrogates"),
+        ({"messages": [ASK]}, "no assistant turn"),
+        (
+            {"messages": [{**ASK, "content": [{"type": "image_url", "image_url": "a"}]}, ANSWER]},
+            r"messages\[0\]: .*image_url.*only text",
+        ),
+        ({"messages": [ASK, ANSWER], "images": ["a.png"]}, "'images': only text"),
+        ({"messages": [ASK, ANSWER], "tools": "{"}, "JSONDecodeError"),
+        ({"messages": [{"role": "system", "content": "a"}, ASK, ANSWER], "system": "b"}, "both a 'system' column and"),
+        ({"messages": [ASK, ANSWER], "train": False}, "'train' = False"),
+        ({"prompt": "a", "completion": 3}, r"messages\[1\]: the content is '3'"),
+        ({"prompt": "a", "completion": "b", "label": False}, "'label' = False"),
+        ({"prompt": "a", "completion": "b", "input": "c"}, "'input' = 'c'"),
+        ({"prompt": "a", "completion": [ANSWER]}, "AttributeError"),
+        ({"instruction": 3, "output": "b"}, r"messages\[0\]: the content is '3'"),
+        ({"instruction": 3, "input": "a", "output": "b"}, "TypeError"),
+        ({"instruction": "a", "output": "b", "history": [["a", "b", "c"]]}, "too many values to unpack"),
+        ({"conversations": [{"from": "robot", "value": "a"}]}, r"messages\[0\]: the role 'robot'"),
+        ({"conversations": [{"from": "human", "value": None}]}, r"messages\[0\]: the content is 'None'"),
+        ({"conversations": ["a"]}, r"messages is .*'a'.*, not a list of objects"),
+        ({"conversations": [{"from": "function_call", "value": "{"}]}, "JSONDecodeError"),
+        ({"conversations": [{"from": "function_call", "value": "[5]"}]}, "TypeError"),
+        ({"conversations": [{"from": "function_call", "value": "{}"}]}, "KeyError: 'name'"),
+    ],
+)
+def test_a_wrong_row_is_refused_with_its_place_and_the_reason(tmp_path, row, reason):
+    columns = row if isinstance(row, dict) else SAME["messages"][0]
+    good = next(good for good, _ in SAME.values() if any(f <= {*columns} & {*good} for f in data.FORMATS.values()))
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(good) + "\n" + (row if isinstance(row, str) else json.dumps(row)) + "\n")
+    with pytest.raises(ValueError, match=rf"{path}:2: .*{reason}"):
+        data.read_conversation(read(path), 1, "rows")
+
+
+# ---- dataset classes -------------------------------------------------------------------------------------------------
+
+
+def test_arrow_adds_nothing_to_the_tool_calls_of_a_class():
     def called(arguments):
         call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
-        return {"messages": [chat("Go")["messages"][0], {"role": "assistant", "content": "", "tool_calls": [call]}]}
+        return {"messages": [ASK, {"role": "assistant", "content": "", "tool_calls": [call]}]}
 
     rows = [called({"city": "Rome"}), called({"x": 1})]
     rows[1]["messages"][1]["content"] = None
     table = datasets.Dataset.from_list(rows)
     assert "city" in table[1]["messages"][1]["tool_calls"][0]["function"]["arguments"]
-    for i, row in enumerate(rows):
-        assert data.read_row(table, i)["messages"] == row["messages"]
+    assert [row["messages"] for row in conversations(table)] == [row["messages"] for row in rows]
+    rows[1] = called({"x": None})
+    typed = datasets.Dataset.from_list(rows, features=datasets.Features({"messages": datasets.Json()}))
+    assert [row["messages"] for row in conversations(typed)] == [row["messages"] for row in rows]
 
 
 def test_a_class_in_any_file_is_a_dataset_if_it_has_what_one_has(tmp_path):
     path = tmp_path / "data.py"
     path.write_text(
-        "from data import TaskDataSpec\n\nclass Whole:\n    task_spec = TaskDataSpec('whole')\n"
-        f"    formatted_ds = {{'train': [{chat('A?', 'Yes.')}]}}\n"
+        "from data import TaskDataSpec\n\nclass Good:\n    task_spec = TaskDataSpec('good')\n"
+        f"    formatted_ds = {{'train': [{SAME['messages'][0]}]}}\n"
         "\nclass NoSplits:\n    task_spec = TaskDataSpec('half')\n"
-        "\nclass NoSpec:\n    formatted_ds = Whole.formatted_ds\n"
-        "\nclass Stream(Whole):\n    formatted_ds = {'train': iter([])}\n"
-        "\nclass Columns(Whole):\n    formatted_ds = {'train': {'messages': []}}\n"
-        "\nclass More(Whole):\n    formatted_ds = Whole.formatted_ds | {'test': iter([])}\n"
-        "\nclass Gone(Whole):\n    def __init__(self):\n        open('gone')\n"
+        "\nclass NoSpec:\n    formatted_ds = Good.formatted_ds\n"
+        "\nclass Stream(Good):\n    formatted_ds = {'train': iter([])}\n"
+        "\nclass Columns(Good):\n    formatted_ds = {'train': {'messages': []}}\n"
+        "\nclass Empty(Good):\n    formatted_ds = {'train': []}\n"
+        "\nclass More(Good):\n    formatted_ds = Good.formatted_ds | {'test': iter([])}\n"
+        "\nclass Gone(Good):\n    def __init__(self):\n        open('gone')\n"
         "\nvalue = 3\n"
     )
 
     def load(name):
-        return data.load_entries(config.load(None, [f"data.dataset={path}:{name}", "validation.every=null"]))
+        return data.load_mixture(config.load(None, [f"data.dataset={path}:{name}", "validation.every=null"]))
 
-    assert load("Whole")[0].splits == load("More")[0].splits == ["train"]
-    for name, said in [
-        ("NoSplits", "sets formatted_ds"), ("NoSpec", "task_spec"), ("Stream", "'train' is a list_iter"),
-        ("Columns", "'train' is a dict; it must be a list, .* rows by number"), ("value", "has no class value"),
-        ("Gone", "data.dataset = .* could not be read: .*'gone'"),
+    assert load("Good")[0].splits == load("More")[0].splits == ["train"]
+    for name, kind, reason in [
+        ("NoSplits", AttributeError, "formatted_ds"), ("NoSpec", AttributeError, "task_spec"),
+        ("Stream", TypeError, "list_iterator"), ("Columns", ValueError, "no rows by number in 'train'"),
+        ("Empty", ValueError, "no rows by number in 'train'"), ("value", ValueError, f"{path}:value"),
+        ("Gone", OSError, "'gone'"),
     ]:  # fmt: skip
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(kind, match=reason):
             load(name)
 
 
-@pytest.mark.parametrize(
-    "line, reason",
-    [
-        ("{", "not valid JSON"),
-        ("{}", "of no format"),
-        ('{"messages": []}', '"messages" is empty'),
-        (
-            '{"messages": [{"role": "assistant", "content": "a", "tool_calls": "x"}]}',
-            "tool_calls is 'x', not a list of",
-        ),
-        (
-            '{"messages": [{"role": "assistant", "content": "a"}], "tools": [5]}',
-            r"tools is '\[5\]', not a list of desc",
-        ),
-        (json.dumps({"messages": [{"role": "robot", "content": "x"}]}), "role 'robot'"),
-        (json.dumps({"messages": [{"role": "user", "content": 3}]}), "neither text"),
-        (json.dumps(chat("a \ud83d", "b")), r"half a character \('\\ud83d'\)"),
-        (json.dumps({"messages": [{"role": "user", "content": "x"}]}), "no assistant turn"),
-    ],
-)
-def test_a_bad_row_stops_with_its_file_line_and_reason(tmp_path, line, reason):
-    path = tmp_path / "chats.jsonl"
-    path.write_text(json.dumps(chat("One?", "First.")) + "\n" + line + "\n")
-    with pytest.raises(ValueError, match=reason) as error:
-        tokens_of(tmp_path, formats.read_rows(str(path)))
-    assert f"{path}:2:" in str(error.value)
-    assert list((tmp_path / "cache").iterdir()) == []  # nothing half-written
-
-
-def test_tool_arguments_reach_the_template_as_they_stand_in_the_file(tmp_path):
-    calls = [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": n, "arguments": a}}]}
-             for n, a in (("f", {"x": 1}), ("g", {"y": None, "z": [1, {"w": "é"}]}))]  # fmt: skip
-    rows = [{"messages": [{"role": "user", "content": "Go"}, call]} for call in calls]
-    path = tmp_path / "chats.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert [formats.read_rows(str(path))[i] for i in range(2)] == rows
-
-
-def test_openassistant_has_every_path_and_no_validation_prompt_in_training(tmp_path, monkeypatch):
+def test_openassistant_has_every_path_and_trains_no_validation_prompt(tmp_path, monkeypatch):
     def node(text, *replies, role="prompter"):
         other = "assistant" if role == "prompter" else "prompter"
         return {"text": text, "role": role, "replies": [reply(other) for reply in replies]}
@@ -176,87 +322,102 @@ def test_openassistant_has_every_path_and_no_validation_prompt_in_training(tmp_p
         {"prompt": node(f"q{i}", make("a", make("b", make("c"), make("d")), make("e")), make("f"))} for i in range(40)
     ]
     trees.append({"prompt": node("unanswered")})
-    path = tmp_path / "trees.jsonl"
-    path.write_text("".join(json.dumps(tree) + "\n" for tree in trees))
-    monkeypatch.setattr(data.huggingface_hub, "hf_hub_download", lambda *_, **__: str(path))
-    made = data.OpenAssistant()
+    with gzip.open(tmp_path / "trees.jsonl.gz", "wt") as file:
+        file.write("".join(json.dumps(tree) + "\n" for tree in trees))
+    monkeypatch.setattr(data.huggingface_hub, "hf_hub_download", lambda *_, **__: tmp_path / "trees.jsonl.gz")
+    splits = data.OpenAssistant().formatted_ds
     texts = {
-        split: ["".join(m["content"] for m in row["messages"][1:]) for row in made.formatted_ds[split]]
+        split: ["".join(m["content"] for m in row["messages"][1:]) for row in splits[split]]
         for split in ("train", "validation")
     }
-    assert sorted(texts["train"] + texts["validation"]) == sorted(f"q{i}{p}" for i in range(40) for p in ("abc", "abd", "ae", "f"))  # fmt: skip  # noqa: E501
-    prompts = [{row["messages"][1]["content"] for row in made.formatted_ds[split]} for split in texts]
+    paths = ("abc", "abd", "ae", "f")
+    assert sorted(texts["train"] + texts["validation"]) == sorted(f"q{i}{path}" for i in range(40) for path in paths)
+    prompts = [{row["messages"][1]["content"] for row in splits[split]} for split in texts]
     assert len(prompts[1]) == 2 and not prompts[0] & prompts[1]
-    assert all(row["messages"][0]["content"] == data.OpenAssistant.system for row in made.formatted_ds["train"])
+    assert all(row["messages"][0]["content"] == data.OpenAssistant.system for row in splits["train"])
 
 
 def test_squad_is_context_question_and_first_answer(monkeypatch):
-    row = {"id": "1", "title": "t", "context": " A b. ", "question": "Who? ", "answers": {"text": ["Me", "You"], "answer_start": [0, 1]}}  # fmt: skip  # noqa: E501
+    answers = {"text": ["Me", "You"], "answer_start": [0, 1]}
+    row = {"id": "1", "title": "t", "context": " A b. ", "question": "Who? ", "answers": answers}
     split = datasets.Dataset.from_list([row])
-    monkeypatch.setattr(data.datasets, "load_dataset", lambda name: {"train": split, "validation": split})
-    made = data.Squad().formatted_ds["train"][0]
-    messages = made["messages"]
-    assert data.answers_of(made) == ["Me", "You"] and made["id"] == "1"
-    assert [(m["role"], m["content"]) for m in messages] == [
-        ("system", " A b. "), ("user", "Who? "), ("assistant", "Me")]  # fmt: skip
-    text, spans = data.templates.render(data.Squad.custom_template, messages)
-    assert text == "Context: A b. Question: Who? Answer: Me" and [text[a:b] for a, b in spans] == [" Me"]
-
-
-def test_rows_that_are_made_when_they_are_read_are_read_once_each(tmp_path):
-    class Squares:
-        def __len__(self):
-            return 3
-
-        def __getitem__(self, i):  # without an end of its own
-            return chat(f"{i} times {i}?", str(i * i))
-
-    made = tokens_of(tmp_path, Squares())
-    assert len(made) == 3 and TOKENIZER.decode(made[2][0]).endswith("4<|im_end|>\n")
+    loaded = datasets.DatasetDict({"train": split, "validation": split})
+    monkeypatch.setattr(data.datasets, "load_dataset", lambda name: loaded)
+    conversation = data.read_conversation(data.Squad().formatted_ds["validation"], 0, "squad")
+    messages = conversation["messages"]
+    assert conversation["answers"] == ["Me", "You"] and conversation["id"] == "1"
+    texts = [("system", " A b. "), ("user", "Who? "), ("assistant", "Me")]
+    assert [(message["role"], message["content"]) for message in messages] == texts
 
 
 def test_a_file_of_another_kind_is_refused_with_the_kinds_that_are_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/chats.csv").write_text("question,answer\n")
-    with pytest.raises(ValueError, match="a file of chats ends in .jsonl, .* write a class"):
+    with pytest.raises(ValueError, match=r"folder/chats.csv.*my_data.py.*\.jsonl"):
         data.load_dataset_class("folder/chats.csv", {})
 
 
+# ---- splits and mixtures ---------------------------------------------------------------------------------------------
+
+
 def test_a_fraction_is_held_out_the_same_way_each_time(tmp_path):
-    path = tmp_path / "chats.jsonl"
-    path.write_text("".join(json.dumps(chat(f"{i}?", "Yes.")) + "\n" for i in range(50)))
-    a, b = (data.load_dataset_class(str(path), {"validation": 0.1}).formatted_ds for _ in range(2))
-    assert len(a["train"]) == 45 and np.array_equal(a["validation"].indices, b["validation"].indices)
-    for wrong in ({"validatoin": 0.1}, {"validation": 2.0}, {"seed": "x"}, {"seed": -1}):
-        with pytest.raises(ValueError, match=f"data.args.*{[*wrong][0]}"):
-            data.load_dataset_class(str(path), wrong)
+    path = write(tmp_path / "chats.jsonl", *[{"prompt": f"{i}", "completion": "Yes."} for i in range(50)])
+    a, b = (data.load_dataset_class(path, {"validation": 0.1}).formatted_ds for _ in range(2))
+    prompts = [[row["messages"][0]["content"] for row in splits["validation"]] for splits in (a, b)]
+    # The same rows as ever, as a run may be resumed by later code
+    assert len(a["train"]) == 45 and prompts[0] == prompts[1] == ["5", "20", "25", "39", "49"]
+    with pytest.raises(ValueError, match="data.args.*validatoin"):
+        data.load_dataset_class(path, {"validatoin": 0.1})
+    with pytest.raises(ValueError, match="'validation': 2.* has no rows by number in 'train'"):
+        data.load_mixture(config.load(None, [f"data.dataset={path}", "data.args.validation=2"]))
+
+
+def test_a_dataset_of_the_hub_is_split_by_name_or_fraction(monkeypatch):
+    row = SAME["alpaca"][0]
+    loaded = datasets.DatasetDict({name: datasets.Dataset.from_list([row] * 20) for name in ("train", "test")})
+    monkeypatch.setattr(data.datasets, "load_dataset", lambda path, subset: loaded)
+    for validation, sizes in (("test", [20, 20]), (0.1, [18, 2]), (None, [20])):
+        splits = data.load_dataset_class("owner/name", {"validation": validation}).formatted_ds
+        assert [len(rows) for rows in splits.values()] == sizes
+        assert splits["train"][3]["messages"] == SAME["alpaca"][1]
+    with pytest.raises(ValueError, match="owner/name has no split 'validation'.*train.*test"):
+        data.load_dataset_class("owner/name", {})
 
 
 def test_a_split_is_needed_where_it_is_read_and_read_nowhere_else(tmp_path):
-    (tmp_path / "chats.jsonl").write_text(3 * (json.dumps(chat("A?", "Yes.")) + "\n"))
+    write(tmp_path / "chats.jsonl", *[SAME["messages"][0]] * 3)
     only_train = f"{{dataset: {tmp_path}/chats.jsonl, args: {{validation: null}}}}"
     (tmp_path / "held_out.py").write_text(
         "import data\n\nclass HeldOut:\n    task_spec = data.TaskDataSpec('held_out')\n"
-        f"    formatted_ds = {{'validation': [{chat('A?', 'Yes.')}]}}\n"
+        f"    formatted_ds = {{'validation': [{SAME['messages'][0]}]}}\n"
         "\nclass Nothing(HeldOut):\n    formatted_ds = {'train': [], 'validation': None}\n"
     )
     only_validation = f"{{dataset: {tmp_path}/held_out.py:HeldOut, weight: 0}}"
 
     def load(*entries, every=10, scoring=False):
         cfg = config.load(None, [f"data.dataset=[{', '.join(entries)}]", f"validation.every={every}"])
-        return [entry.splits for entry in data.load_entries(cfg, scoring)]
+        return [entry.splits for entry in data.load_mixture(cfg, scoring)]
 
-    with pytest.raises(ValueError, match="no validation split: set data.args.validation .*, or validation.every=null"):
+    with pytest.raises(ValueError, match="no validation split: set data.args.validation, or validation.every=null"):
         load(only_train)
     assert load(only_train, every="null") == [["train"]]
     assert load(only_train, only_validation, every="null") == [["train"]]
     assert load(only_train, only_validation) == [["train"], ["validation"]]
     assert load(only_validation.replace("weight: 0", "weight: 1"), scoring=True) == [["validation"]]
-    with pytest.raises(ValueError, match="has weight 0 and no validation split: leave it out"):
-        load(only_validation.replace("HeldOut", "Nothing"), only_train)
-    with pytest.raises(ValueError, match="has no split 'train'; it has 'validation'"):
+    with pytest.raises(ValueError, match="HeldOut'.* has no rows by number in 'train', of .*validation"):
         load(only_validation.replace("weight: 0", "weight: 1"))
-    only_validation = only_validation.replace("HeldOut", "Nothing")
-    with pytest.raises(ValueError, match="split 'train' is empty"):
-        load(only_validation.replace("weight: 0", "weight: 1"))
+    nothing = only_validation.replace("HeldOut", "Nothing")
+    with pytest.raises(ValueError, match="Nothing'.* has no rows by number in 'validation'"):
+        load(nothing, only_train)
+    with pytest.raises(ValueError, match="Nothing'.* has no rows by number in 'train'"):
+        load(nothing.replace("weight: 0", "weight: 1"))
+
+
+def test_datasets_of_one_name_are_told_apart(tmp_path):
+    for name in ("chats_2", "x/chats", "y/chats"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / f"{name}.jsonl", *[{"prompt": "a", "completion": "b"}] * 9)
+    entries = ", ".join(f"{{dataset: {tmp_path}/{name}.jsonl}}" for name in ("chats_2", "x/chats", "y/chats"))
+    mixture = data.load_mixture(config.load(None, [f"data.dataset=[{entries}]"]))
+    assert [entry.name for entry in mixture] == ["chats_2", "chats", "chats_3"]

@@ -1,0 +1,213 @@
+"""Conversations tokenized once, cached on disk, and read from memory-mapped files."""
+
+import hashlib
+import json
+import os
+import sys
+from datetime import date
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import multiprocess  # with which the datasets library starts processes
+import numpy as np
+import pyarrow.compute
+from transformers import AutoTokenizer
+
+import data
+import templates
+import tracing
+
+IDS = datasets.List(datasets.Value("int32"))
+FEATURES = datasets.Features(
+    {"input_ids": IDS, "labels": IDS, "trained_tokens": datasets.Value("int32"), "digest": datasets.Value("binary")}
+)
+
+
+# ---- tokenizer and chat template -------------------------------------------------------------------------------------
+
+
+def load_tokenizer(cfg):
+    """The tokenizer that a `config.Config` names."""
+    name, revision = (cfg.tokenizer.name, None) if cfg.tokenizer.name else (cfg.model.name, cfg.model.revision)
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:  # What the Hub answers need not name the model.
+        raise ValueError(f"{name}: {error}") from error
+
+
+def choose_template(cfg, tokenizer, entries: list[data.MixtureEntry]) -> str:
+    """The chat template that is trained and saved: that of the configuration, else of the datasets, else of the
+    tokenizer."""
+    requested = cfg.tokenizer.chat_template
+    brought = {entry.dataset.task_spec.custom_template for entry in entries}
+    if not requested and len(brought) > 1:
+        raise ValueError("the datasets bring different chat templates: set tokenizer.chat_template")
+    if requested and requested.endswith(".jinja"):
+        chat_template = Path(requested).read_text(encoding="utf-8-sig")
+    elif requested == "tokenizer":
+        chat_template = tokenizer.chat_template
+    else:
+        chat_template = requested or brought.pop() or tokenizer.chat_template
+    if not isinstance(chat_template, str) or "{" not in chat_template:
+        raise ValueError(f"chat template {str(chat_template)[:99]!r} is not Jinja text; see tokenizer.chat_template")
+    templates.compile_template(chat_template)
+    return templates.with_bos(tokenizer, chat_template)
+
+
+def find_stop_ids(tokenizer, examples: "TokenizedDataset") -> list[int]:
+    """Ids at which generation stops: those that end the trained turns, then the tokenizer's EOS."""
+    ends, special = [], templates.special_ids(tokenizer)
+    for i in [i for i in examples.first(1000) if examples.lengths[i] < examples.max_seq_length]:  # not truncated
+        _, labels = examples[i]
+        ends.append(int(labels[labels != templates.IGNORE_INDEX][-1]))
+    eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    return list(dict.fromkeys([end for end in ends if end in special] + eos))
+
+
+# ---- tokenized once --------------------------------------------------------------------------------------------------
+
+
+def tokenize_splits(cfg, tokenizer, entries: list[data.MixtureEntry]) -> dict:
+    """Tokenize the datasets of a configuration, or find them in the cache. Returns plain values that can be sent to
+    other ranks: the `chat_template` and, for `open_split`, `names`, `weights` and what `tokenize` returned for each."""
+    chat_template = choose_template(cfg, tokenizer, entries)
+    prepared = {"chat_template": chat_template, "train": [None] * len(entries), "validation": [None] * len(entries)}
+    prepared |= {"names": [entry.name for entry in entries], "weights": [entry.weight for entry in entries]}
+    cache = Path(huggingface_hub.constants.HF_HOME) / "sft-tokens"
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    for k, split, rows, name in data.splits_of(entries):
+        prepared[split][k] = tokenize(rows, name, tokenizer, chat_template, cfg.data.train_on, cache, workers)
+    return prepared
+
+
+def open_split(prepared: dict, split: str, data_cfg) -> "TokenizedDataset | None":
+    """A split of what `tokenize_splits` returned; None where it is not read. `data_cfg`: a `config.Data`."""
+    parts = [part for part in zip(prepared[split], prepared["names"], prepared["weights"], strict=True) if part[0]]
+    return TokenizedDataset(*zip(*parts, strict=True), data_cfg.max_seq_length, data_cfg.overlong) if parts else None
+
+
+job = None  # What the workers encode: inherited by fork and never pickled, so that rows may be any object.
+
+
+def tokenize(rows, name: str, tokenizer, chat_template: str, train_on: str, cache: Path, workers: int) -> list[str]:
+    """The files with the tokens of all rows, in order, made now or found in `cache`. Any change to rows, template,
+    tokenizer, options or the code makes other files. Raises ValueError with place and reason for a bad row."""
+    global job
+    special = [str(tokenizer.special_tokens_map), str(tokenizer.init_kwargs.get("add_bos_token"))]
+    code = [Path(module.__file__).read_text("utf-8") for module in (sys.modules[__name__], data, templates, tracing)]
+    today = str(date.today()) if "strftime_now" in chat_template else ""
+    parts = [fingerprint(rows), chat_template, tokenizer.backend_tokenizer.to_str(), *special, train_on, today, *code]
+    key = hashlib.sha256(b"".join(hashlib.sha256(part.encode()).digest() for part in parts)).hexdigest()[:32]
+    cache.mkdir(parents=True, exist_ok=True)
+    parallel = sys.platform == "linux" and workers > 1 and len(rows) > 1000
+    if parallel:
+        multiprocess.set_start_method("fork", force=True)
+    job = rows, name, tokenizer, chat_template, train_on
+    tokens = datasets.Dataset.from_dict({"i": np.arange(len(rows))}).map(
+        tokenize_row, remove_columns=["i"], features=FEATURES, num_proc=workers if parallel else None,
+        cache_file_name=str(cache / f"{key}.arrow"), new_fingerprint=key, desc=f"tokenizing {name}",
+    )  # fmt: skip
+    return [file["filename"] for file in tokens.cache_files]
+
+
+def fingerprint(rows) -> str:
+    """Changes when any row does."""
+    if isinstance(rows, datasets.Dataset):
+        return rows._fingerprint
+    digest = hashlib.sha256()
+    for i in range(len(rows)):
+        digest.update(json.dumps(rows[i], default=repr).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def encode_row(rows, i: int, name: str, tokenizer, chat_template: str, train_on: str) -> templates.Encoded:
+    """Row i of a split as token ids and labels. Raises ValueError with the row's place and what is wrong with it."""
+    conversation = data.read_conversation(rows, i, name)
+    with data.at_row(rows, i, name):
+        return templates.encode(tokenizer, conversation["messages"], conversation.get("tools"), chat_template, train_on)
+
+
+def tokenize_row(row: dict) -> dict:
+    """Row i of the split that is tokenized. `row`: its number, as {"i": i}."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # One thread for each worker.
+    rows, *options = job
+    input_ids, labels = (np.array(ids, dtype=np.int32) for ids in encode_row(rows, row["i"], *options))
+    digest = hashlib.sha256(input_ids.tobytes() + labels.tobytes()).digest()
+    return {"input_ids": input_ids, "labels": labels, "trained_tokens": count_trained(labels), "digest": digest}
+
+
+def count_trained(labels: np.ndarray) -> int:
+    """How many tokens of a document are trained; its first token is never predicted."""
+    return int(np.count_nonzero(labels[1:] != templates.IGNORE_INDEX))
+
+
+class TokenizedDataset:
+    """Tokenized conversations in memory-mapped files, so that no rank holds the tokens in memory.
+
+    For each example: `lengths` and `trained_tokens`, int32 (examples,), and `row_ids`, its row in the split, int64.
+    Datasets follow one another: `names`, `weights`, `counts` and `totals` of each. `digest`: of all tokens and labels.
+    `files`: of each, what `tokenize` returned. Raises ValueError for an overlong example if `overlong` is error."""
+
+    def __init__(self, files, names=("",), weights=(1.0,), max_seq_length: int = 2**31, overlong: str = "drop"):
+        self.names, self.weights, self.max_seq_length = names, weights, max_seq_length
+        self.columns, self.totals, kept = [], [], []
+        digest = hashlib.sha256()
+        for name, paths in zip(names, files, strict=True):
+            table = datasets.concatenate_datasets([datasets.Dataset.from_file(path) for path in paths]).data
+            input_ids, labels = table.column("input_ids"), table.column("labels")
+            lengths = pyarrow.compute.list_value_length(input_ids).to_numpy()
+            trained = table.column("trained_tokens").to_numpy().copy()  # Else it is read-only.
+            digest.update(b"".join(table.column("digest").to_pylist()))
+            too_long = lengths > max_seq_length
+            if overlong == "error" and too_long.any():
+                raise ValueError(
+                    f"{name}: row {too_long.argmax()} has {lengths[too_long.argmax()]} tokens, more than "
+                    f"data.max_seq_length = {max_seq_length}; raise it, or set data.overlong=drop or truncate"
+                )
+            if overlong == "truncate":
+                lengths = np.minimum(lengths, max_seq_length)
+                for i in np.flatnonzero(too_long).tolist():
+                    trained[i] = count_trained(labels[i].values.to_numpy()[:max_seq_length])
+            fits = lengths <= max_seq_length
+            row_ids = np.flatnonzero(fits & (trained > 0))
+            self.columns.append((input_ids, labels))
+            kept.append((row_ids, lengths[row_ids], trained[row_ids]))
+            self.totals.append(
+                {
+                    "conversations": len(row_ids),
+                    "tokens": int(lengths[row_ids].sum(dtype=np.int64)),
+                    "trained_tokens": int(trained[row_ids].sum(dtype=np.int64)),
+                    "overlong": int(too_long.sum()),
+                    "nothing_to_train": int((fits & (trained == 0)).sum()),
+                }
+            )
+        self.row_ids, self.lengths, self.trained_tokens = map(np.concatenate, zip(*kept, strict=True))
+        self.counts = [total["conversations"] for total in self.totals]
+        self.ends, self.digest = np.cumsum(self.counts), digest.hexdigest()
+
+    def check(self, split: str):
+        """Raises ValueError where nothing is left to train."""
+        for name, total in zip(self.names, self.totals, strict=True):
+            if total["conversations"] == 0:
+                raise ValueError(f"{split!r} of {name} has nothing to train: {total}; see data.max_seq_length")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """(input_ids, labels) of example i, int32 (tokens,), read-only."""
+        row, length = int(self.row_ids[i]), self.lengths[i]
+        input_ids, labels = (column[row].values.to_numpy()[:length] for column in self.columns[self.dataset_index(i)])
+        return input_ids, labels
+
+    def dataset_index(self, i: int) -> int:
+        return int(np.searchsorted(self.ends, i, side="right"))
+
+    def ranges(self) -> list[range]:
+        """The examples of each dataset."""
+        return [range(end - count, end) for count, end in zip(self.counts, self.ends.tolist(), strict=True)]
+
+    def first(self, count: int | None) -> list[int]:
+        """The first `count` examples of each dataset; None: all."""
+        return [i for examples in self.ranges() for i in examples[:count]]
