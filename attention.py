@@ -1,242 +1,227 @@
-"""Attention within the documents of a packed row, also where several ranks share the row (context parallelism)."""
+"""Attention within the documents of a packed row, also where several ranks share the row (context parallelism).
 
+transformers' models call it by name (`AttentionInterface`) and pass on the keyword arguments that they do not know
+themselves: so `documents` and `cp_group`, given to the model by `model.PackedLoss`, arrive in `attention` below.
+"""
+
+import contextlib
 import functools
+import inspect
+import itertools
 import math
 
 import torch
 import torch.distributed as dist
+import torch.nn.attention.varlen
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
-import packing
+from packing import Documents, cp_slice
+
+# torch 2.11 takes fewer key heads without being told.
+HAS_ENABLE_GQA = "enable_gqa" in inspect.signature(torch.nn.attention.varlen.varlen_attn).parameters
 
 
-@torch.compiler.disable  # the number of documents differs from row to row
+@torch.compiler.disable  # The number of documents differs from row to row.
 def per_document(module, query, key, value, attention_mask, **kwargs):
     """Causal attention of each document of a packed row to itself, by SDPA, called once per document: any device and
-    dtype. Registered with transformers: `attend` has the arguments."""
-    return attend(sdpa, module, query, key, value, attention_mask, **kwargs), None
+    dtype. Registered with transformers; the arguments are those of `attention`."""
+    return attention(sdpa, module, query, key, value, attention_mask, **kwargs), None
 
 
 def per_document_varlen(module, query, key, value, attention_mask, **kwargs):
     """The same in one call of torch's variable-length flash attention, which a compiled block has in its one graph:
     CUDA, bfloat16."""
-    call = attend if is_one_call(query, value, **kwargs) else uncompiled_attend
+    call = attention if is_one_kernel(query, value, **kwargs) else uncompiled_attention
     return call(varlen, module, query, key, value, attention_mask, **kwargs), None
 
 
-def is_one_call(query, value, dropout=0.0, softcap=None, s_aux=None, context_group=None, **others) -> bool:
-    """Whether `attend` calls the variable-length kernel and nothing else, whatever the documents are."""
-    return takes_width(query, value) and not (dropout or softcap or s_aux is not None or context_group is not None)
+def is_one_kernel(query, value, dropout=0.0, softcap=None, s_aux=None, cp_group=None, **kwargs) -> bool:
+    """Whether `attention` calls the variable-length kernel and nothing else, whatever the documents are."""
+    return fits_varlen(query, value) and not (dropout or softcap or s_aux is not None or cp_group is not None)
 
 
-def takes_width(query, value) -> bool:
-    """Whether the variable-length kernel does: its head_dim is at most 256."""
+def fits_varlen(query, value) -> bool:
+    """The variable-length kernel takes a head_dim of at most 256."""
     return max(query.shape[3], value.shape[3]) <= 256
 
 
-# (transformers refuses a name with "sdpa" or "flash" in it to models that cap their scores or have sinks)
+# transformers refuses a name with "sdpa" or "flash" in it to models that cap their scores or have sinks.
 AttentionInterface.register("per_document", per_document)
 AttentionInterface.register("per_document_varlen", per_document_varlen)
 
 
-def choose(config, model_class, device: torch.device) -> str:
-    """The attention of a `config.Model` on a device, by its name in transformers. Raises ValueError."""
-    if not model_class._can_set_attn_implementation():  # an older model, with an attention of its own alone
-        if config.attention not in ("auto", "eager"):
-            raise ValueError(
-                f"model.attention={config.attention}: {model_class.__name__} computes its attention itself; auto and "
-                "eager leave it to that"
-            )
+def choose(requested: str, dtype: str, model_class, device: torch.device) -> str:
+    """The attention for `model.attention` and `model.dtype` on a device, by its name in transformers. Raises ValueError
+    where what is requested does not fit."""
+    if not model_class._can_set_attn_implementation():  # An older model, which computes its attention itself.
+        if requested not in ("auto", "eager"):
+            raise ValueError(f"model.attention={requested}: {model_class.__name__} has only its own; set it to auto")
         return "eager"
-    here = torch.cuda.is_available()  # (preview.py asks for GPUs that are elsewhere)
-    fits = device.type == "cuda" and config.dtype == "bfloat16"
-    fits = fits and not (here and torch.cuda.get_device_capability(device) < (8, 0))
-    if config.attention == "varlen" and not fits:
+    fits = device.type == "cuda" and dtype == "bfloat16"
+    if fits and torch.cuda.is_available():  # preview.py runs without a GPU.
+        fits = torch.cuda.get_device_capability(device) >= (8, 0)
+    if requested == "varlen" and not fits:
         raise ValueError(
-            "model.attention=varlen needs model.dtype=bfloat16 and a GPU of compute capability 8.0 (Ampere) or newer; "
-            "auto chooses what fits"
+            "model.attention=varlen needs model.dtype=bfloat16 and a GPU of compute capability 8.0 or more"
         )
-    return {
-        "auto": "per_document_varlen" if fits else "per_document",
-        "varlen": "per_document_varlen",
-        "sdpa": "per_document",
-        "eager": "eager",
-    }[config.attention]
+    if requested == "auto":
+        requested = "varlen" if fits else "sdpa"
+    return {"varlen": "per_document_varlen", "sdpa": "per_document", "eager": "eager"}[requested]
 
 
-class Documents:
-    """Where the documents of a packed row are: `ends`, a list of their ends; `starts`, 0 and the ends, int32
-    (documents + 1,), on the model's device; `lengths` and the `longest` of them follow. (No tuple and no tensor: FSDP
-    would move the ends to the GPU, and reading them there waits for all that is queued; and a compiled block would be
-    compiled anew for each number of them.)"""
-
-    def __init__(self, ends: list[int], starts: torch.Tensor):
-        self.ends, self.starts = ends, starts
-        self.lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-        self.longest = max(self.lengths)
-
-
-def attend(
+def attention(
     kernel, module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
-    s_aux=None, documents=None, context_group=None, **others,
+    s_aux=None, documents=None, cp_group=None, **kwargs,
 ) -> torch.Tensor:  # fmt: skip
-    """query (1, heads, tokens, head_dim); key and value with as many heads or fewer. `softcap`, `s_aux` (heads,): see
-    `scores`. `documents`: None, the row is one. `context_group`: the ranks that share the row; each brings its
-    `packing.slice_of` the tokens, while the documents are the whole row's. Returns (1, tokens, heads, head_dim),
-    contiguous. Raises ValueError for a model that needs more than that.
-    """
+    """Attention of a layer of a transformers model, computed by one of the kernels below.
+
+    query (1, heads, tokens, head_dim); key and value with as many heads or fewer. `softcap`, `s_aux` (heads,): see
+    `eager_attention`. `documents`: None, the row is one document. `cp_group`: the ranks that share the row, each with
+    its `packing.cp_slice` of the tokens, while `documents` is the whole row's. Returns (1, tokens, heads, head_dim),
+    contiguous. Raises ValueError for a model that needs more than that."""
     if documents is None:
         tokens = query.shape[2]
         documents = Documents([tokens], torch.tensor([0, tokens], dtype=torch.int32, device=query.device))
-    others |= {"attention_mask": attention_mask, "sliding_window": sliding_window}
-    refuse_unknown(module, others, documents.longest)
-    query, key = (x.to(value.dtype) for x in (query, key))  # some rotary embeddings have made float32 of them
-    if context_group is not None:
-        query, key, value = tokens_for_heads(query, key, value, documents.ends[-1], context_group)
+    kwargs |= {"attention_mask": attention_mask, "sliding_window": sliding_window}
+    check_supported(module, kwargs, documents.longest)
+    query, key = (x.to(value.dtype) for x in (query, key))  # Some rotary embeddings return float32.
+    if cp_group is not None:
+        query, key, value = gather_tokens_split_heads(query, key, value, documents.ends[-1], cp_group)
         if s_aux is not None:
-            s_aux = s_aux.chunk(dist.get_world_size(context_group))[dist.get_rank(context_group)]
+            s_aux = s_aux.chunk(dist.get_world_size(cp_group))[dist.get_rank(cp_group)]
     if softcap or s_aux is not None:
-        kernel = functools.partial(scores, softcap=softcap, sinks=s_aux)
+        kernel = functools.partial(eager_attention, softcap=softcap, sinks=s_aux)
     output = kernel(query, key, value, documents, scaling or query.shape[3] ** -0.5, dropout, sliding_window)
-    return output if context_group is None else heads_for_tokens(output, context_group)
+    return output if cp_group is None else gather_heads_split_tokens(output, cp_group)
 
 
-uncompiled_attend = torch.compiler.disable(attend)
+uncompiled_attention = torch.compiler.disable(attention)
 
 
-def refuse_unknown(module, others: dict, longest: int):
-    """Raises ValueError where a model asks for more than causal attention of documents of up to `longest` tokens."""
+def check_supported(module, kwargs: dict, longest: int):
+    """Raises ValueError where a layer needs more than causal attention within documents of up to `longest` tokens."""
     config = getattr(module, "config", None)
     chunk, window = (getattr(config, name, None) for name in ("attention_chunk_size", "sliding_window"))
-    if window and others["sliding_window"] is None and longest > window and is_in_window(module, config):
-        raise ValueError(
-            f"{type(module).__name__} attends to the last {window:,} tokens by its mask alone, and a document has "
-            f"{longest:,}: set data.max_seq_length to as many, or model.attention=eager"
-        )
+    if window and kwargs["sliding_window"] is None:
+        kinds = getattr(config, "layer_types", None)  # None: all layers are alike.
+        if kinds is None or kinds[module.layer_idx] == "sliding_attention":
+            chunk = min(chunk or window, window)  # The window is in the model's mask alone, which is not computed here.
     if chunk and longest > chunk:
-        raise ValueError(
-            f"{type(module).__name__} attends in chunks of {chunk:,} tokens, and a document has {longest:,}: set "
-            "data.max_seq_length to as many, or model.attention=eager"
-        )
+        fix = f"set data.max_seq_length={chunk}, or model.attention=eager"
+        raise ValueError(f"{type(module).__name__} attends to {chunk} tokens, and a document has {longest}: {fix}")
     for name in ("attention_mask", "position_bias"):
-        if others.get(name) is not None:
-            raise ValueError(f"{type(module).__name__} brings its own {name}, which only model.attention=eager applies")
-
-
-def is_in_window(module, config) -> bool:
-    """Whether this layer uses the sliding window that its model has."""
-    kinds = getattr(config, "layer_types", None)  # None: all layers are alike
-    return kinds is None or kinds[module.layer_idx] == "sliding_attention"
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{type(module).__name__} passes its own {name}: set model.attention=eager")
 
 
 # ---- kernels: (1, heads, tokens, head_dim) to (1, tokens, heads, head_dim) -------------------------------------------
 
 
 def sdpa(query, key, value, documents: Documents, scale: float, dropout: float, window: int | None):
-    if query.is_cuda and (query.dtype == torch.float32 or window or max(query.shape[3], value.shape[3]) > 256):
-        # there SDPA's fast kernels want as many key heads, and the slow one keeps a matrix of all scores
+    if query.is_cuda and (query.dtype == torch.float32 or window or not fits_varlen(query, value)):
+        # There SDPA's fast kernels need as many key heads, and the slow one materializes all scores.
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
 
-    def attended(q, k, v):
-        length = q.shape[2]  # q (1, heads, length, head_dim)
-        mask = None if window is None or length <= window else seen(length, window, q.device)
+    def attend(q, k, v):
+        length = q.shape[2]  # q: (1, heads, length, head_dim)
+        mask = None if window is None or length <= window else causal_mask(length, window, q.device)
         options = {"attn_mask": mask, "is_causal": mask is None, "dropout_p": dropout, "scale": scale}
         output = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **options)
         return output.transpose(1, 2)  # (1, length, heads, head_dim)
 
-    return of_each_document(attended, query, key, value, documents)
+    return for_each_document(attend, query, key, value, documents)
 
 
-def of_each_document(attended, query, key, value, documents: Documents) -> torch.Tensor:
-    # (split: the gradient of slices would be a whole row of zeros for each document)
-    parts = zip(*(x.split(documents.lengths, dim=2) for x in (query, key, value)), strict=True)
-    return torch.cat([attended(q, k, v) for q, k, v in parts], dim=1)
+def for_each_document(attend, query, key, value, documents: Documents) -> torch.Tensor:
+    # By `split`, because the gradient of a slice would be a whole row of zeros for each document.
+    pieces = zip(*(x.split(documents.lengths, dim=2) for x in (query, key, value)), strict=True)
+    return torch.cat([attend(q, k, v) for q, k, v in pieces], dim=1)
 
 
-def seen(length: int, window: int | None, device) -> torch.Tensor:
-    """Which keys each query of a document sees: bool (length, length)."""
+def causal_mask(length: int, window: int | None, device) -> torch.Tensor:
+    """Which keys each query of a document attends to: bool (length, length)."""
     mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     return mask if window is None else mask.triu(1 - window)
 
 
-def scores(
+def eager_attention(
     query, key, value, documents: Documents, scale: float, dropout: float, window: int | None, softcap, sinks
 ) -> torch.Tensor:
-    """What the other kernels do not compute. `softcap`: where scores end, as softcap tanh(score / softcap) (Gemma 2,
-    arXiv:2408.00118); `sinks` (heads,): the score of no key at all, which takes its share of each query's weights
-    (gpt-oss, arXiv:2508.10925). The backward pass computes the scores again, so that those of one document at a time
-    are in memory."""
+    """What the other kernels do not compute. `softcap`: scores are softcap tanh(score / softcap) (Gemma 2,
+    arXiv:2408.00118). `sinks` (heads,): the score of an additional key without a value, which takes its share of each
+    query's attention (gpt-oss, arXiv:2508.10925). The backward pass computes the scores again, so that only one
+    document's are in memory at a time."""
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
 
-    def attended(q, k, v):
-        of_keys = (q @ k.transpose(2, 3)).float() * scale  # (1, heads, length, length)
+    def attend(q, k, v):
+        scores = (q @ k.transpose(2, 3)).float() * scale  # (1, heads, length, length)
         if softcap:
-            of_keys = softcap * (of_keys / softcap).tanh()
-        of_keys = of_keys.masked_fill(~seen(q.shape[2], window, q.device), -torch.inf)
+            scores = softcap * (scores / softcap).tanh()
+        scores = scores.masked_fill(~causal_mask(q.shape[2], window, q.device), -torch.inf)
         if sinks is not None:
-            of_nothing = sinks.float()[None, :, None, None].expand(-1, -1, q.shape[2], 1)
-            of_keys = torch.cat([of_keys, of_nothing], dim=3)  # (1, heads, length, length + 1)
-        weights = F.dropout(of_keys.softmax(3)[..., : q.shape[2]], dropout).to(v.dtype)
-        return (weights @ v).transpose(1, 2)  # (1, length, heads, head_dim)
+            sink_scores = sinks.float()[None, :, None, None].expand(-1, -1, q.shape[2], 1)
+            scores = torch.cat([scores, sink_scores], dim=3)  # (1, heads, length, length + 1)
+        probabilities = F.dropout(scores.softmax(3)[..., : q.shape[2]], dropout).to(v.dtype)
+        return (probabilities @ v).transpose(1, 2)  # (1, length, heads, head_dim)
 
-    again = functools.partial(checkpoint, attended, use_reentrant=False)
-    return of_each_document(again, query, key, value, documents)
+    recomputed = functools.partial(checkpoint, attend, use_reentrant=False)
+    return for_each_document(recomputed, query, key, value, documents)
 
 
 def varlen(query, key, value, documents: Documents, scale: float, dropout: float, window: int | None):
-    from torch.nn.attention.varlen import varlen_attn
-
+    if dropout or not fits_varlen(query, value):
+        return sdpa(query, key, value, documents, scale, dropout, window)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, head_dim)
     width = v.shape[2]
-    padded = -(-max(q.shape[2], width) // 8) * 8  # the kernel has one head_dim for all three, in steps of 8
-    if dropout or not takes_width(query, value):  # which it does not compute
-        return sdpa(query, key, value, documents, scale, dropout, window)
+    # The kernel has one head_dim for all three, in steps of 8.
+    padded = -(-max(q.shape[2], width) // 8) * 8
     if {padded} != {x.shape[2] for x in (q, k, v)}:
         q, k, v = (F.pad(x, (0, padded - x.shape[2])) for x in (q, k, v))
     options = {"scale": scale, "window_size": (window - 1 if window else -1, 0)}
-    options["enable_gqa"] = q.shape[1] != k.shape[1]
+    if HAS_ENABLE_GQA:
+        options["enable_gqa"] = q.shape[1] != k.shape[1]
     starts, longest = documents.starts, documents.longest
+    varlen_attn = torch.nn.attention.varlen.varlen_attn
     return varlen_attn(q, k, v, starts, starts, longest, longest, **options)[None, ..., :width].contiguous()
 
 
 # ---- context parallelism ---------------------------------------------------------------------------------------------
 #
-# Each rank of a group has a slice of a row's tokens, for everything but attention. For that they trade: each gets all
-# tokens for some of the heads, and gives them back (DeepSpeed-Ulysses: Jacobs et al., 2023, arXiv:2309.14509). So the
-# kernels above stay as they are, and all ranks have the same work, wherever documents begin and end.
+# Each rank of a group has a slice of a row's tokens. For attention an all-to-all gives it all tokens of some heads, and
+# another one undoes that (DeepSpeed-Ulysses: arXiv:2309.14509). So the kernels above stay as they are.
 
 
-def shares(tokens: int, ranks: int) -> list[int]:
+def slice_lengths(tokens: int, cp_size: int) -> list[int]:
     """How many of a row's tokens each rank has."""
-    slices = [packing.slice_of(tokens, rank, ranks) for rank in range(ranks)]
-    return [mine.stop - mine.start for mine in slices]
+    slices = (cp_slice(tokens, cp_rank, cp_size) for cp_rank in range(cp_size))
+    return [part.stop - part.start for part in slices]
 
 
-def tokens_for_heads(query, key, value, tokens: int, group):
+def gather_tokens_split_heads(query, key, value, tokens: int, group):
     """Of each: (1, heads, my tokens, head_dim) to (1, my heads, tokens, head_dim)."""
-    ranks = dist.get_world_size(group)
-    copies = ranks // math.gcd(ranks, key.shape[1])  # of key and value heads that ranks have in common
-    traded = []
+    cp_size = dist.get_world_size(group)
+    copies = cp_size // math.gcd(cp_size, key.shape[1])  # Ranks with the same key and value head get a copy each.
+    result = []
     for x in (query, *(x.repeat_interleave(copies, dim=1) for x in (key, value))):
-        x = x[0].unflatten(0, (ranks, -1)).transpose(1, 2)  # (ranks, my tokens, heads of a rank, head_dim)
-        x = Trade.apply(x.flatten(0, 1), [x.shape[1]] * ranks, shares(tokens, ranks), group)
-        traded.append(x.transpose(0, 1)[None])  # (1, heads of this rank, tokens, head_dim)
-    return traded
+        x = x[0].unflatten(0, (cp_size, -1)).transpose(1, 2)  # (ranks, my tokens, heads of a rank, head_dim)
+        x = AllToAll.apply(x.flatten(0, 1), [x.shape[1]] * cp_size, slice_lengths(tokens, cp_size), group)
+        result.append(x.transpose(0, 1)[None])  # (1, heads of this rank, tokens, head_dim)
+    return result
 
 
-def heads_for_tokens(output, group):
+def gather_heads_split_tokens(output, group):
     """(1, tokens, my heads, head_dim) to (1, my tokens, heads, head_dim)."""
-    ranks = dist.get_world_size(group)
-    all_shares = shares(output.shape[1], ranks)
-    mine = all_shares[dist.get_rank(group)]
-    output = Trade.apply(output[0], all_shares, [mine] * ranks, group)  # (ranks * my tokens, heads of a rank, head_dim)
-    return output.unflatten(0, (ranks, mine)).transpose(0, 1).flatten(1, 2)[None]
+    cp_size = dist.get_world_size(group)
+    lengths = slice_lengths(output.shape[1], cp_size)
+    mine = lengths[dist.get_rank(group)]
+    output = AllToAll.apply(output[0], lengths, [mine] * cp_size, group)  # (ranks * my tokens, heads, head_dim)
+    return output.unflatten(0, (cp_size, mine)).transpose(0, 1).flatten(1, 2)[None]
 
 
-class Trade(torch.autograd.Function):
-    """All-to-all: of x, cut along its first dimension into `sent` pieces, the i-th goes to rank i, which sends one of
+class AllToAll(torch.autograd.Function):
+    """Cut x along its first dimension into pieces of `sent` lengths and send the i-th to rank i, which sends a piece of
     `received[i]`. The gradient goes back the same way."""
 
     @staticmethod
@@ -248,4 +233,83 @@ class Trade(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return Trade.apply(gradient, ctx.received, ctx.sent, ctx.group), None, None, None
+        return AllToAll.apply(gradient, ctx.received, ctx.sent, ctx.group), None, None, None
+
+
+# ---- what a loaded model does with a packed row, measured before it is trained ---------------------------------------
+
+
+@contextlib.contextmanager
+def eval_mode(model, kernel: str | None = None):
+    """Temporarily in eval mode, and with the given attention; None: with its own."""
+    own, was_training = model.config._attn_implementation, model.training
+    model.eval()
+    try:
+        model.set_attn_implementation(kernel or own)
+        yield
+    finally:
+        model.set_attn_implementation(own)
+        model.train(was_training)
+
+
+def random_ids(model, *lengths: int) -> list[torch.Tensor]:
+    """Token ids, (1, length) each: the same in every run."""
+    generator, vocabulary = torch.Generator().manual_seed(0), model.get_input_embeddings().num_embeddings
+    return [torch.randint(vocabulary, (1, length), generator=generator) for length in lengths]
+
+
+@torch.no_grad()
+def check_packing(model, name: str, dtype: torch.dtype) -> bool:
+    """Raises ValueError unless attention is causal and a packed row gives the logits that transformers' own attention
+    gives, measured in `dtype`, that of the parameters, where rounding hides nothing. Returns whether the documents of a
+    row are isolated; True for a model that runs only on a GPU."""
+    # In bfloat16, tokens may be routed to other experts by rounding alone.
+    limit = 1e-3 if dtype == torch.float32 else 0.2
+    (ids,) = random_ids(model, 12)
+    own_kernel = model.config._attn_implementation == "eager"
+    try:
+        with eval_mode(model, "eager"):
+            alone = model(ids, use_cache=False).logits.float()  # (1, 12, vocabulary)
+            first_half = model(ids[:, :6], use_cache=False).logits.float()
+    except Exception:  # Some layers run only on a GPU.
+        return True
+    if not (first_half - alone[:, :6]).norm() <= limit * alone[:, :6].norm():
+        raise ValueError(f"model.name = {name!r}: attention is not causal")
+    fix = "it cannot be trained here" if own_kernel else "set model.attention=eager"
+    kernel = "eager" if own_kernel else "per_document"  # The variable-length kernel does not compute in float32.
+    try:
+        with eval_mode(model, kernel):
+            packed = model(ids, position_ids=torch.arange(12)[None], use_cache=False).logits.float()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"model.name = {name!r} does not take packed rows ({reason}); {fix}") from error
+    difference = (packed - alone).norm() / alone.norm()
+    if not difference <= limit:
+        raise ValueError(f"model.name = {name!r}: its logits differ by {difference:.1%} in a packed row; {fix}")
+    return isolates_documents(model, model.device, dtype, kernel)
+
+
+@torch.compiler.set_stance("force_eager")  # A few short rows are not worth a graph.
+@torch.no_grad()
+def isolates_documents(model, device: torch.device, dtype: torch.dtype, kernel: str | None = None) -> bool:
+    """Whether each document of a packed row gets the logits that it gets alone, whatever stands beside it: measured on
+    the loaded model, which computes in `dtype` on `device`. Every rank of a sharded model has to call it."""
+    first, second, third, other_first, other_third = random_ids(model, 7, 12, 5, 7, 5)
+
+    def logits_of_second(*documents):
+        position_ids = torch.cat([torch.arange(d.shape[1]) for d in documents])[None].to(device)
+        ends = list(itertools.accumulate(d.shape[1] for d in documents))
+        row = Documents(ends, torch.tensor([0, *ends], dtype=torch.int32, device=device))
+        ids = torch.cat(documents, dim=1).to(device)
+        logits = model(ids, position_ids=position_ids, documents=row, use_cache=False).logits[0].float()
+        start = 0 if len(documents) == 1 else 7
+        return logits[start : start + 12]  # (12, vocabulary)
+
+    with eval_mode(model, kernel):
+        alone = logits_of_second(second)
+        packed = logits_of_second(first, second, third)
+        beside_others = logits_of_second(other_first, second, other_third)
+    scale = alone.abs().max().clamp(min=1e-3)
+    rounding = 1e-4 if dtype == torch.float32 else 0.1  # Rows of other lengths may take other kernels.
+    leak, difference = (packed - beside_others).abs().max(), (packed - alone).abs().max()
+    return bool(leak <= 1e-4 * scale and difference <= rounding * scale)

@@ -1,116 +1,95 @@
-"""Which conversations are in step k, and in which row of which rank: pure functions of numbers."""
+"""Step k: which conversations it trains on, in which packed row of which rank, and the rows as tensors.
 
+All of it is a function of (seed, step): there is no data loader whose state a resumed run would have to restore.
+"""
+
+import functools
 import heapq
 import math
 
 import numpy as np
+import torch
 
-ROUNDS = 6  # of the Feistel network; four already pass as random (Luby and Rackoff, 1988)
+from templates import IGNORE_INDEX
 
-
-def steps_per_epoch(examples: int, global_batch_size: int) -> int:
-    return math.ceil(examples / global_batch_size)
-
-
-def steps_of_run(counts: list[int], weights: list[float], train) -> tuple[int, int]:
-    """(optimizer steps of an epoch, of the run), by a `config.Train`; `counts`, `weights`: see `step_examples`."""
-    per_epoch = steps_per_epoch(sum(epoch_sizes(counts, weights)), train.global_batch_size)
-    steps = train.max_epochs * per_epoch
-    return per_epoch, steps if train.max_steps is None else min(steps, train.max_steps)
+# ---- which conversations ---------------------------------------------------------------------------------------------
 
 
-def epoch_sizes(counts: list[int], weights: list[float]) -> list[int]:
-    """How many conversations of each dataset an epoch has: `weight` times as many as there are."""
-    return [
-        max(round(count * weight), min(count, 1)) if weight else 0
-        for count, weight in zip(counts, weights, strict=True)
-    ]
+def epoch_sizes(counts, weights) -> list[int]:
+    """How many conversations of each dataset an epoch has: `weight` times as many as there are, at least one."""
+    sizes = [round(count * weight) for count, weight in zip(counts, weights, strict=True)]
+    return [max(size, min(count, 1)) if w else 0 for size, count, w in zip(sizes, counts, weights, strict=True)]
+
+
+def steps_of_run(counts, weights, train_cfg) -> tuple[int, int]:
+    """(optimizer steps of an epoch, of the run) for a `config.Train`; `counts` and `weights` as in `step_examples`."""
+    per_epoch = math.ceil(sum(epoch_sizes(counts, weights)) / train_cfg.global_batch_size)
+    steps = train_cfg.max_epochs * per_epoch
+    return per_epoch, steps if train_cfg.max_steps is None else min(steps, train_cfg.max_steps)
 
 
 def step_examples(counts, step: int, seed: int, global_batch_size: int, weights=(1.0,)) -> np.ndarray:
-    """Indices (int64) of the conversations of step `step`, from 1: a shuffled order per epoch, cut into batches.
+    """Indices (int64) of the examples of step `step`, from 1: a shuffled order per epoch, cut into global batches.
 
-    The last batch of an epoch may be smaller. The result depends only on the seed and the step, not on the machine.
-    `counts`: the number of conversations, one per dataset for a mixture; `weights`: passes over each dataset per epoch.
-    With a fractional weight, an epoch continues in the dataset where the epoch before stopped.
-    """
-    counts = [counts] if isinstance(counts, int) else counts
-    sizes = epoch_sizes(counts, weights)
-    epoch, batch = divmod(step - 1, steps_per_epoch(sum(sizes), global_batch_size))
-    places = np.arange(batch * global_batch_size, min((batch + 1) * global_batch_size, sum(sizes)))
-    drawn = shuffled(places, sum(sizes), seed, epoch)
-    chosen = np.empty_like(drawn)
-    for part, (count, size) in enumerate(zip(counts, sizes, strict=True)):
-        begin = sum(sizes[:part])
-        mine = (begin <= drawn) & (drawn < begin + size)
-        nth = drawn[mine] - begin + epoch * size  # counted over all epochs
-        index = nth % max(count, 1)
-        if size % max(count, 1):  # epochs take parts of it in turn: not in the order of the file
-            index = shuffled(index, count, seed, 2**32 + part)
-        chosen[mine] = sum(counts[:part]) + index
-    return chosen
+    The last batch of an epoch may be smaller. `counts`: the number of examples of each dataset; `weights`: passes over
+    each per epoch."""
+    counts = (counts,) if isinstance(counts, int) else tuple(counts)
+    size = sum(epoch_sizes(counts, weights))
+    epoch, batch = divmod(step - 1, math.ceil(size / global_batch_size))
+    return epoch_order(counts, tuple(weights), seed, epoch)[batch * global_batch_size : (batch + 1) * global_batch_size]
 
 
-def shuffled(places: np.ndarray, examples: int, seed: int, epoch: int) -> np.ndarray:
-    """The indices at these places of the epoch's order: a permutation of range(examples) that is never stored.
-
-    A Feistel network permutes 0..4^half_bits-1; a number that falls outside the range goes through it again ("cycle
-    walking", Black and Rogaway, 2002). So a step costs the same for a thousand and for 10^8 conversations.
-    """
-    half_bits = max(1, math.ceil(math.log2(max(examples, 2)) / 2))
-    mask = np.uint64((1 << half_bits) - 1)
-    keys = np.random.SeedSequence([seed, epoch]).generate_state(ROUNDS, np.uint64)
-    result = places.astype(np.uint64)
-    outside = np.ones(len(result), dtype=bool)
-    while outside.any():
-        left, right = result[outside] >> np.uint64(half_bits), result[outside] & mask
-        for key in keys:
-            left, right = right, left ^ (mix(right ^ key) & mask)
-        result[outside] = (left << np.uint64(half_bits)) | right
-        outside = result >= examples
-    return result.astype(np.int64)
+@functools.lru_cache(maxsize=2)
+def epoch_order(counts: tuple[int, ...], weights: tuple[float, ...], seed: int, epoch: int) -> np.ndarray:
+    """The examples of an epoch (from 0) in the order in which they are trained, int64."""
+    chosen = []
+    for k, (count, size) in enumerate(zip(counts, epoch_sizes(counts, weights), strict=True)):
+        if size == 0:
+            continue
+        index = (epoch * size + np.arange(size)) % count
+        if size % count:
+            # A fraction of the dataset: the epochs take turns, in an order that is not the file's.
+            index = np.random.default_rng([seed, k, 1]).permutation(count)[index]
+        chosen.append(sum(counts[:k]) + index)
+    return np.random.default_rng([seed, epoch]).permutation(np.concatenate(chosen))
 
 
-def mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014): every input bit changes every output bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+# ---- in which row of which rank --------------------------------------------------------------------------------------
 
 
 def pack(indices, lengths, world_size: int, max_tokens: int) -> list[list[list[int]]]:
-    """Rows of conversations per rank: `rows[rank][i]` is a list of indices, empty where a rank has nothing to do.
+    """Packed rows per rank: `rows[rank][i]` is a list of indices, empty where a rank has nothing to compute.
 
-    Every rank gets the same number of rows. A row holds one conversation at least, however long, and otherwise at most
-    `max_tokens` tokens. `lengths[index]` is in tokens. Longest first, each into the emptiest row, makes the rows even;
-    the i-th rows of all ranks are the most alike, because that is where ranks wait for each other.
+    Every rank gets the same number of rows. A row holds at least one example, however long, and otherwise at most
+    `max_tokens` tokens; `lengths[index]` is in tokens. The examples go, longest first, each into the emptiest row,
+    which makes the rows even. The i-th rows of all ranks are the most alike, because ranks wait for each other there.
     """
     sizes = np.asarray(lengths[np.asarray(indices, dtype=np.int64)], dtype=np.int64)
     longest_first = np.argsort(-sizes, kind="stable")
-    # a conversation may be longer than max_tokens: never more rows than conversations
-    rounds = max(1, min(math.ceil(int(sizes.sum()) / (max_tokens * world_size)), math.ceil(len(sizes) / world_size)))
+    # An example may be longer than max_tokens, so there are never more rows than examples.
+    per_rank = max(1, min(math.ceil(int(sizes.sum()) / (max_tokens * world_size)), math.ceil(len(sizes) / world_size)))
     while True:
-        rows = [[] for _ in range(rounds * world_size)]
+        rows = [[] for _ in range(per_rank * world_size)]
         emptiest = [(0, row) for row in range(len(rows))]
         for place in longest_first:
             tokens, row = emptiest[0]
             if tokens and tokens + sizes[place] > max_tokens:
-                break  # not even the emptiest row has room
+                break  # Not even the emptiest row has room: try again with one more row per rank.
             rows[row].append(int(indices[place]))
             heapq.heapreplace(emptiest, (tokens + int(sizes[place]), row))
         else:
             break
-        rounds += 1
+        per_rank += 1
     rows.sort(key=lambda row: -cost(row, lengths))
     turns = [rows[i : i + world_size] for i in range(0, len(rows), world_size)]
-    # There and back again, so that no rank gets the largest row of every turn
+    # Every other turn is reversed, so that no rank gets the largest row of every turn.
     turns = [turn if n % 2 == 0 else turn[::-1] for n, turn in enumerate(turns)]
     return [[sorted(turn[rank]) for turn in turns] for rank in range(world_size)]
 
 
-def slice_of(tokens: int, part: int, parts: int) -> slice:
-    """Which tokens of a row of `tokens` are the `part`-th rank's of the `parts` that share it, from 0."""
-    return slice(tokens * part // parts, tokens * (part + 1) // parts)
+def rank_rows(indices, lengths, rank: int, world_size: int, cp_size: int, max_tokens: int) -> list[list[int]]:
+    """The packed rows of one rank. The `cp_size` ranks of a group share each of their rows, and get the same ones."""
+    return pack(indices, lengths, world_size // cp_size, max_tokens)[rank // cp_size]
 
 
 def cost(row: list[int], lengths) -> float:
@@ -119,6 +98,64 @@ def cost(row: list[int], lengths) -> float:
 
 
 def plan_step(lengths, step: int, seed: int, global_batch_size: int, world_size: int, max_tokens: int):
-    """Rows per rank for step `step`, from 1: see `step_examples` and `pack`. `lengths`: tokens of each conversation."""
+    """The rows per rank of step `step`, from 1, for a single dataset whose examples have these lengths in tokens."""
     lengths = np.asarray(lengths)
     return pack(step_examples(len(lengths), step, seed, global_batch_size), lengths, world_size, max_tokens)
+
+
+# ---- as tensors ------------------------------------------------------------------------------------------------------
+
+
+class Documents:
+    """Where the documents of a packed row are: `ends`, a list of their ends; `starts`, 0 and the ends, int32
+    (documents + 1,), on the model's device; `lengths` and the `longest` of them, in tokens.
+
+    Neither a tuple nor a tensor: FSDP would move the ends to the GPU, where reading them waits for all queued work, and
+    torch.compile would compile a block again for each number of documents."""
+
+    def __init__(self, ends: list[int], starts: torch.Tensor):
+        self.ends, self.starts = ends, starts
+        self.lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        self.longest = max(self.lengths)
+
+
+def cp_slice(tokens: int, cp_rank: int, cp_size: int) -> slice:
+    """The tokens of a row of `tokens` that rank `cp_rank` computes, of the `cp_size` ranks that share the row."""
+    return slice(tokens * cp_rank // cp_size, tokens * (cp_rank + 1) // cp_size)
+
+
+def collate(examples, row: list[int], device="cpu", cp_rank: int = 0, cp_size: int = 1) -> dict:
+    """A packed row as tensors: its documents one after the other, each up to where its last trained token is predicted.
+
+    Returns input_ids and position_ids, (1, tokens) int64, where positions start at 0 in each document; documents, a
+    `Documents`; loss_positions, (trained,) int64, the places in the row where a trained token is predicted; targets,
+    (trained,) int64, those tokens. The first token of a document is never predicted. A row without documents is one
+    token with one target of -100. Where `cp_size` ranks share the row, all but `documents` is this rank's slice of it.
+    """
+    documents = []
+    for input_ids, labels in (examples[i] for i in row):
+        predicted = np.append(labels[1:], IGNORE_INDEX)  # (tokens,): the label of the next token
+        end = np.flatnonzero(predicted != IGNORE_INDEX)[-1] + 1
+        documents.append((input_ids[:end], predicted[:end]))
+    padding = max(0, cp_size - sum(len(ids) for ids, _ in documents))  # Each rank needs at least one token.
+    documents += [(np.zeros(1, dtype=np.int32), np.array([IGNORE_INDEX]))] * padding
+    ends = np.cumsum([len(ids) for ids, _ in documents]).tolist()
+    mine = cp_slice(ends[-1], cp_rank, cp_size)
+    predicted = np.concatenate([predicted for _, predicted in documents])[mine]
+    loss_positions = np.flatnonzero(predicted != IGNORE_INDEX)
+    if not len(loss_positions):
+        loss_positions = np.zeros(1, dtype=np.int64)
+
+    def tensor(array, dtype=torch.int64):
+        result = torch.from_numpy(np.asarray(array)).to(dtype)
+        if torch.device(device).type == "cuda":  # From pinned memory a GPU copies while the host goes on.
+            return result.pin_memory().to(device, non_blocking=True)
+        return result
+
+    return {
+        "input_ids": tensor(np.concatenate([ids for ids, _ in documents])[mine])[None],  # (1, tokens)
+        "position_ids": tensor(np.concatenate([np.arange(len(ids)) for ids, _ in documents])[mine])[None],
+        "documents": Documents(ends, tensor([0, *ends], torch.int32)),
+        "loss_positions": tensor(loss_positions),  # (trained,)
+        "targets": tensor(predicted[loss_positions]),  # (trained,)
+    }

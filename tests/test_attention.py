@@ -7,7 +7,7 @@ import attention
 import packing
 
 HEADS, TOKENS, ENDS = 6, 23, [9, 10, 23]
-ROW = attention.Documents(ENDS, torch.tensor([0, *ENDS], dtype=torch.int32))
+ROW = packing.Documents(ENDS, torch.tensor([0, *ENDS], dtype=torch.int32))
 
 
 def inputs(key_heads, widths=(8, 8, 8)):
@@ -71,7 +71,7 @@ def one_rank(rank, path, ranks):
     """Its slice of the outputs and of the gradients, into a file."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=ranks)
-    mine, saved, shared = packing.slice_of(TOKENS, rank, ranks), [], {"context_group": dist.group.WORLD}
+    mine, saved, shared = packing.cp_slice(TOKENS, rank, ranks), [], {"cp_group": dist.group.WORLD}
     for key_heads, window, sinks in CASES:
         made = [x[:, :, mine].clone().requires_grad_() for x in inputs(key_heads)]
         sinks = None if sinks is None else sinks.clone().requires_grad_()
@@ -84,6 +84,7 @@ def one_rank(rank, path, ranks):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_that_share_a_row_attend_as_one_alone(tmp_path, ranks):
     torch.multiprocessing.start_processes(one_rank, (str(tmp_path), ranks), ranks, start_method="fork")
@@ -104,8 +105,8 @@ def test_a_document_longer_than_a_models_attention_chunk_is_refused():
     query = torch.zeros(1, 2, 6, 4)
     module = torch.nn.Module()
     module.config = LlamaConfig(attention_chunk_size=5)
-    attention.per_document(module, query, query, query, None, documents=attention.Documents([5, 6], None))
-    with pytest.raises(ValueError, match="chunks of 5 tokens, and a document has 6: set data.max_seq_length"):
+    attention.per_document(module, query, query, query, None, documents=packing.Documents([5, 6], None))
+    with pytest.raises(ValueError, match="6: set data.max_seq_length=5"):
         attention.per_document(module, query, query, query, None, documents=None)
 
 
@@ -115,7 +116,8 @@ def test_the_kernel_for_gpus_is_called_as_it_defines_its_arguments(monkeypatch, 
     """Its arguments, computed here by their definition: it runs on a GPU alone."""
     called = []
 
-    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=None):
+        enable_gqa = query.shape[1] != key.shape[1] if enable_gqa is None else enable_gqa  # torch 2.11 has no such
         called.append((query.dtype, cu_seq_q.dtype, cu_seq_q.tolist(), max_q, window_size, enable_gqa))
         assert cu_seq_k is cu_seq_q and max_k == max_q
         left, right = window_size

@@ -1,17 +1,19 @@
 import numpy as np
 import pytest
 
+import config
 import packing
 
 LENGTHS = np.random.default_rng(0).integers(5, 400, 101)
 
 
 @pytest.mark.parametrize("examples", [1, 2, 3, 64, 1000])
-def test_an_epoch_has_each_conversation_once_in_an_order_of_its_own(examples):
-    orders = [packing.shuffled(np.arange(examples), examples, 42, epoch).tolist() for epoch in range(2)]
+def test_an_epoch_has_each_example_once_in_an_order_of_its_own(examples):
+    orders = [packing.step_examples(examples, step, 42, examples).tolist() for step in (1, 2)]
     assert all(sorted(order) == list(range(examples)) for order in orders)
     if examples > 10:
         assert orders[0] != orders[1] != list(range(examples))
+        assert orders[0] != packing.step_examples(examples, 1, 43, examples).tolist()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 7])
@@ -26,7 +28,8 @@ def test_each_step_has_the_same_conversations_on_any_machine(world_size, max_tok
 
 
 def test_the_last_batch_of_an_epoch_is_smaller_and_used():
-    assert packing.steps_per_epoch(101, 16) == 7
+    train = config.Train(global_batch_size=16, max_epochs=2, max_steps=None)
+    assert packing.steps_of_run([101], [1.0], train) == (7, 14)
     assert len(packing.step_examples(101, 7, 42, 16)) == 5
     seen = np.concatenate([packing.step_examples(101, step, 42, 16) for step in range(1, 8)])
     assert sorted(seen.tolist()) == list(range(101))
@@ -49,7 +52,7 @@ def test_there_are_never_more_rows_than_conversations_need(world_size):
 def test_a_mixture_has_each_dataset_as_often_as_its_weight_says():
     counts, weights = [10, 7, 5], [2, 0.5, 0]
     assert packing.epoch_sizes(counts, weights) == [20, 4, 0]
-    steps = packing.steps_per_epoch(24, 5)
+    steps, _ = packing.steps_of_run(counts, weights, config.Train(global_batch_size=5))
     drawn = [
         np.concatenate(
             [packing.step_examples(counts, epoch * steps + step, 3, 5, weights) for step in range(1, steps + 1)]
