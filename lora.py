@@ -1,6 +1,5 @@
-"""LoRA: trained matrices of low rank beside weights that stay as they are; adapters as PEFT reads and writes them."""
+"""LoRA: trained matrices of low rank beside frozen parameters; adapters in PEFT's format."""
 
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -8,11 +7,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.utils.sha import sha_fileobj
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-# The keys of an adapter's configuration that are read here, or that do not change what is computed
+# The keys of an adapter_config.json that are read here, or that do not change what is computed.
 PEFT_KEYS = (
     "peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "bias",
     "target_modules", "inference_mode", "init_lora_weights", "auto_mapping", "peft_version", "megatron_core",
@@ -21,9 +19,8 @@ PEFT_KEYS = (
 
 
 class LoraLinear(torch.nn.Linear):
-    """A linear layer whose weight stays as it is, plus a trained matrix of low rank: `x W' + scale dropout(x) A' B'`
-    (Hu et al., 2021, https://arxiv.org/abs/2106.09685). lora_A (rank, in_features), lora_B (out_features, rank), zeros
-    at first; float32."""
+    """A linear layer whose weight is frozen, plus a trained product of low rank: `x W' + scale dropout(x) A' B'`.
+    lora_A (rank, in_features), lora_B (out_features, rank), zero at first; float32. https://arxiv.org/abs/2106.09685"""
 
     def __init__(self, linear: torch.nn.Linear, rank: int, scale: float, dropout: float):
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
@@ -38,33 +35,25 @@ class LoraLinear(torch.nn.Linear):
         low = self.scale * F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., rank)
         return super().forward(x) + F.linear(low, self.lora_B.to(x.dtype))  # (..., out_features)
 
-    def merged(self) -> torch.nn.Linear:
-        linear = torch.nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        weight = self.weight.float() + self.scale * (self.lora_B.float() @ self.lora_A.float())
-        linear.weight, linear.bias = torch.nn.Parameter(weight.to(self.weight.dtype)), self.bias
-        return linear
 
-
-def adapter_config(model, config) -> dict:
-    """What PEFT writes into adapter_config.json, for the LoRA of a `config.Model`. Raises ValueError where a target is
-    no linear layer of the model. https://huggingface.co/docs/peft/package_reference/lora"""
-    lora, linear = config.lora, linear_layers(model)
-    names = sorted({name.rpartition(".")[2] for name in linear})
+def adapter_config(model, model_cfg) -> dict:
+    """Return what PEFT writes into adapter_config.json, for the LoRA of a `config.Model`. Raises ValueError where a
+    target is no linear layer of the model. https://huggingface.co/docs/peft/package_reference/lora"""
+    lora, linear, name, revision = model_cfg.lora, linear_layers(model), model_cfg.name, model_cfg.revision
+    names = sorted({layer.rpartition(".")[2] for layer in linear})
     targets = names if lora.targets == "all-linear" else lora.targets
-    for target in targets:
-        if not any(is_called(name, target) for name in linear):
-            raise ValueError(
-                f"model.lora.targets: {target!r} is no linear layer of this model that can be adapted; there are "
-                f"{', '.join(names) or 'none'}"
-            )
-    if not targets:
-        raise ValueError(f"model.lora.rank = {lora.rank}: {config.name} has no linear layers (torch.nn.Linear)")
-    folder = Path(config.name)
+    unknown = [target for target in targets if not any(is_target(layer, [target]) for layer in linear)]
+    if unknown:
+        raise ValueError(f"model.lora.targets: {unknown} name no linear layer of this model; it has {', '.join(names)}")
+    if Path(name).is_dir():
+        name = str(Path(name).absolute())
+    elif cached := try_to_load_from_cache(name, "config.json", revision=revision):
+        revision = Path(cached).parent.name  # the commit on the Hub, which stays when newer ones exist
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(folder.absolute()) if folder.is_dir() else config.name,
-        "revision": adapter_revision(config),
+        "base_model_name_or_path": name,
+        "revision": revision,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
@@ -75,29 +64,26 @@ def adapter_config(model, config) -> dict:
 
 
 def linear_layers(model) -> dict[str, torch.nn.Linear]:
-    """What can be adapted: all but the output layer, whose weight the loss takes by itself, and what computes something
-    of its own beside the product (as Llama 4's router)."""
-    head = model.get_output_embeddings()
+    """Return what can be adapted: all linear layers but the output layer, whose weight the loss takes by itself, and
+    those that compute something of their own beside the product (as Llama 4's router)."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and type(module).forward is torch.nn.Linear.forward
-        and module is not head
+        if type(module).forward is torch.nn.Linear.forward and module is not model.get_output_embeddings()
     }
 
 
-def is_called(name: str, target: str) -> bool:
-    """Whether `target` is the full name of a module, or the last parts of it."""
-    return f".{name}".endswith(f".{target}")
+def is_target(name: str, targets: list[str]) -> bool:
+    """Return whether a target is the full name of a module, or the last parts of it."""
+    return any(f".{name}".endswith(f".{target}") for target in targets)
 
 
 def add_adapter(model, adapter: dict):
-    """Make `LoraLinear` of the linear layers that a PEFT configuration names; nothing else is trained."""
+    """Replace the linear layers that a PEFT configuration names by `LoraLinear`; nothing else is trained."""
     model.requires_grad_(False)
     scale = adapter["lora_alpha"] / adapter["r"]
     for name, module in linear_layers(model).items():
-        if any(is_called(name, target) for target in adapter["target_modules"]):
+        if is_target(name, adapter["target_modules"]):
             model.set_submodule(name, LoraLinear(module, adapter["r"], scale, adapter["lora_dropout"]))
     model.adapter_config = adapter
 
@@ -107,70 +93,38 @@ def has_adapter(model) -> bool:
 
 
 def merge_adapter(model):
-    """Add the adapter to the weights of its base, in place."""
+    """Add the adapter to the parameters of its base, in place."""
     for name, module in [*model.named_modules()]:
         if isinstance(module, LoraLinear):
-            model.set_submodule(name, module.merged())
+            linear = torch.nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+            weight = module.weight.float() + module.scale * (module.lora_B.float() @ module.lora_A.float())
+            linear.weight, linear.bias = torch.nn.Parameter(weight.to(module.weight.dtype)), module.bias
+            model.set_submodule(name, linear)
     del model.adapter_config
 
 
-def identity(config) -> str:
-    """Changes when the weights that a `config.Model` names do: the Hub commit or, for a folder, a hash of its weight
-    files (a second for a GB or two)."""
-    folder = Path(config.name)
-    if not folder.is_dir():
-        return adapter_revision(config) or "unknown"
-    digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        with open(path, "rb") as file:
-            digest.update(path.name.encode() + sha_fileobj(file))
-    return digest.hexdigest()[:16]
-
-
-def adapter_revision(config) -> str | None:
-    """The Hub commit that a `config.Model` was read from, even if newer ones exist; None for a folder."""
-    if Path(config.name).is_dir():
-        return None
-    cached = try_to_load_from_cache(config.name, "config.json", revision=config.revision)
-    return Path(cached).parent.name if isinstance(cached, str) else config.revision
-
-
-def open_adapter(folder: Path, dtype, attention: str | None = None, weights: dict | None = None):
-    """The base that an adapter's folder names, with the adapter; `weights`: the adapter's, by name, where they are not
-    to be read there. Raises ValueError where it is an adapter of another kind, or its base is gone."""
-    path = folder / "adapter_config.json"
-    adapter = json.loads(path.read_text(encoding="utf-8"))
-    others = [key for key, value in adapter.items() if value and key not in PEFT_KEYS]
-    others += ["bias"] * (adapter.get("bias", "none") != "none")
-    if not isinstance(adapter.get("init_lora_weights", True), bool):
-        others.append("init_lora_weights")  # such as PiSSA's, which changes the base
-    if adapter.get("peft_type") != "LORA" or others or not isinstance(adapter.get("target_modules"), list):
-        raise ValueError(f"{path}: only plain LoRA adapters with a list of target_modules are read here {others}")
-    base, revision = adapter["base_model_name_or_path"], adapter.get("revision")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            base, revision=revision, dtype=dtype, attn_implementation=attention
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path}: its base_model_name_or_path = {base!r} cannot be read ({' '.join(str(error).split())[:200]}); "
-            "bring it back, or name where it is now"
-        ) from None
+def open_adapter(folder: Path, dtype, attention: str | None = None, params: dict | None = None):
+    """Return the base that an adapter's folder names, with the adapter, for answering. `params`: the adapter's, by
+    name; None: those in the folder. Raises ValueError where it is an adapter of another kind."""
+    adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    plain = {
+        "peft_type": adapter["peft_type"] == "LORA",
+        "bias": adapter.get("bias", "none") == "none",
+        "target_modules": isinstance(adapter["target_modules"], list),
+        "init_lora_weights": isinstance(adapter.get("init_lora_weights", True), bool),  # PiSSA's changes the base
+    }
+    plain |= {key: not value for key, value in adapter.items() if key not in PEFT_KEYS}
+    if others := [key for key, is_plain in plain.items() if not is_plain]:
+        raise ValueError(f"{folder}/adapter_config.json: only plain LoRA with a list of target_modules, not {others}")
+    options = {"revision": adapter.get("revision"), "dtype": dtype, "attn_implementation": attention}
+    model = AutoModelForCausalLM.from_pretrained(adapter["base_model_name_or_path"], **options)
     add_adapter(model, adapter)
-    if weights is None:
-        weights = load_file(path.with_name("adapter_model.safetensors"))
-        weights = {inner_name(name): value for name, value in weights.items()}
-    if weights.keys() != {name for name, p in model.named_parameters() if p.requires_grad}:
-        raise ValueError(f"{path.parent} does not hold the weights of the layers that its adapter_config.json names")
-    model.load_state_dict(weights, strict=False)
-    if (path.parent / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path.parent)
+    if params is None:
+        saved = load_file(folder / "adapter_model.safetensors")
+        params = {name.removeprefix("base_model.model.").removesuffix(".weight"): p for name, p in saved.items()}
+    if params.keys() != {name for name, p in model.named_parameters() if p.requires_grad}:
+        raise ValueError(f"{folder} does not hold the parameters of the layers that its adapter_config.json names")
+    model.load_state_dict(params, strict=False)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
-
-
-def peft_name(name: str) -> str:
-    return f"base_model.model.{name}.weight"
-
-
-def inner_name(name: str) -> str:
-    return name.removeprefix("base_model.model.").removesuffix(".weight")

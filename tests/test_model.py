@@ -1,5 +1,4 @@
 import copy
-import functools
 import json
 import math
 
@@ -28,8 +27,8 @@ from transformers import (
 
 import attention
 import config
-import data
-import model as modelling
+import model as modeling
+import packing
 import train_sft
 
 CFG = config.load(None, ["model.dtype=float32"])
@@ -37,16 +36,16 @@ CPU = torch.device("cpu")
 
 
 class Examples:
-    """Random conversations of these lengths, whose last tokens are trained: `supervised` of each."""
+    """Random conversations of these lengths, whose last tokens are trained: `trained_tokens` of each."""
 
     def __init__(self, lengths, supervised):
         generator = np.random.default_rng(0)
-        self.lengths, self.supervised = np.array(lengths), np.array(supervised)
+        self.lengths, self.trained_tokens = np.array(lengths), np.array(supervised)
         self.ids = [generator.integers(0, 64, length).astype(np.int32) for length in lengths]
 
     def __getitem__(self, i):
         labels = self.ids[i].copy()
-        labels[: self.lengths[i] - self.supervised[i]] = -100
+        labels[: self.lengths[i] - self.trained_tokens[i]] = -100
         return self.ids[i], labels
 
 
@@ -59,10 +58,10 @@ def tiny_llama(tied=False):
 
 def gradients(rank, world_size, rows_of_ranks, examples):
     model = tiny_llama()
-    loss = modelling.PackedLoss(model, plain_head=True)
+    loss = modeling.PackedLoss(model, plain_head=True)
     parallel = DistributedDataParallel(loss) if world_size > 1 else loss
-    collate, scale = functools.partial(data.collate, examples), world_size / int(examples.supervised.sum())
-    train_sft.forward_backward(parallel, rows_of_ranks[rank], collate, scale)
+    batches = [packing.collate(examples, row) for row in rows_of_ranks[rank]]
+    train_sft.forward_backward(parallel, batches, world_size / int(examples.trained_tokens.sum()))
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
@@ -73,12 +72,13 @@ def one_rank(rank, path, compute, *arguments):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rows_of_ranks",
     [[[[0, 1]], [[2]]], [[[0], [2]], [[1], []]], [[[0, 1, 2]], [[]]]],
     ids=["uneven tokens", "an empty row", "a rank with nothing to train"],
 )
-def test_two_ranks_give_the_gradient_of_one_process(tmp_path, rows_of_ranks):
+def test_two_ranks_give_the_gradient_of_one(tmp_path, rows_of_ranks):
     examples = Examples([40, 9, 23], [31, 2, 1])
     arguments = (tmp_path, gradients, rows_of_ranks, examples)
     torch.multiprocessing.start_processes(one_rank, arguments, 2, start_method="fork")
@@ -91,9 +91,9 @@ def test_two_ranks_give_the_gradient_of_one_process(tmp_path, rows_of_ranks):
 
 def test_the_loss_of_a_packed_row_is_the_sum_of_its_documents_losses():
     examples, model = Examples([12, 30, 5], [4, 30, 3]), tiny_llama()
-    loss = modelling.PackedLoss(model, plain_head=True)
-    packed = loss(data.collate(examples, [2, 0, 1]))
-    separate = sum(loss(data.collate(examples, [i])) for i in range(3))
+    loss = modeling.PackedLoss(model, plain_head=True)
+    packed = loss(packing.collate(examples, [2, 0, 1]))
+    separate = sum(loss(packing.collate(examples, [i])) for i in range(3))
     plain = 0.0  # and equal to transformers' own loss, with sdpa
     model.set_attn_implementation("sdpa")
     for i in range(3):
@@ -110,17 +110,18 @@ def test_a_step_waits_for_no_number_of_the_gpu(kernel):
     with FakeTensorMode():
         model = tiny_llama()
         model.set_attn_implementation(kernel)
-        loss, optimizer = modelling.PackedLoss(model, plain_head=True), modelling.make_optimizer(model, CFG.train)
-        with modelling.computing_in(torch.bfloat16, model):
-            losses = train_sft.forward_backward(loss, [[0, 1], [2], []], functools.partial(data.collate, examples), 0.1)
-        norm = train_sft.clip(model, 1.0)
+        loss, optimizer = modeling.PackedLoss(model, plain_head=True), train_sft.make_optimizer(model, CFG.train)
+        with modeling.cast_params(model, torch.bfloat16):
+            batches = [packing.collate(examples, row) for row in ([0, 1], [2], [])]
+            losses = train_sft.forward_backward(loss, batches, 0.1)
+        norm = train_sft.clip_grad_norm(model, 1.0)
         optimizer.step()
         for unknown in (losses[0], norm):
             with pytest.raises(DataDependentOutputException):
                 float(unknown)
 
 
-def varlen_on_a_cpu(q, k, v, starts, _, longest, __, scale, window_size, enable_gqa):
+def varlen_on_a_cpu(q, k, v, starts, _, longest, __, scale, window_size, enable_gqa=True):
     """What torch's kernel computes, q (tokens, heads, head_dim)."""
     place = torch.arange(len(q))
     document, back = torch.bucketize(place, starts[1:], right=True), place[:, None] - place
@@ -129,16 +130,16 @@ def varlen_on_a_cpu(q, k, v, starts, _, longest, __, scale, window_size, enable_
     return F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=enable_gqa)[0].transpose(0, 1)
 
 
-def test_one_graph_of_a_block_holds_its_attention_for_rows_of_any_documents(monkeypatch):
+def test_one_graph_of_a_block_holds_its_attention_for_any_documents(monkeypatch):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_on_a_cpu)
     model, lengths = tiny_llama(), [16, 9, 30, 12, 10, 11, 40, 50]
     model.set_attn_implementation("per_document_varlen")
-    loss, examples = modelling.PackedLoss(model, plain_head=True), Examples(lengths, [4] * 8)
+    loss, examples = modeling.PackedLoss(model, plain_head=True), Examples(lengths, [4] * 8)
 
     def losses_and_gradients():
         made = []
         for row in ([0, 1], [2, 3, 4], [5], [0, 3, 4, 6, 7], [7, 1], [0], [4, 5]):
-            value = loss(data.collate(examples, row))
+            value = loss(packing.collate(examples, row))
             value.backward()
             made += [value.detach()[None], *(p.grad.flatten() for p in model.parameters())]
             model.zero_grad(set_to_none=True)
@@ -146,24 +147,32 @@ def test_one_graph_of_a_block_holds_its_attention_for_rows_of_any_documents(monk
 
     wanted, counter = losses_and_gradients(), CompileCounterWithBackend("aot_eager")
     torch._dynamo.utils.counters.clear()
-    for block in modelling.blocks(model)[:-1]:
+    for block in modeling.blocks(model)[:-1]:
         block.compile(dynamic=True, backend=counter)
     torch.testing.assert_close(losses_and_gradients(), wanted)
     assert not torch._dynamo.utils.counters["graph_break"]
     assert counter.frame_count <= 3  # and not one for each row
 
 
+def test_compiled_code_is_cached_for_one_kind_of_processor(monkeypatch):
+    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
+    modeling.parallelize(tiny_llama(), config.load(None, ["model.compile=true"]), "ddp", 1, CPU)
+    assert torch.backends.cpu.get_cpu_capability() in torch.compiler.config.cache_key_tag
+
+
 @pytest.mark.parametrize("tied", [True, False])
-def test_in_bfloat16_a_model_computes_as_one_of_bfloat16_and_its_own_weights_get_float32_gradients(tied):
+def test_cast_parameters_compute_in_bfloat16_with_float32_gradients(tied):
     model, ids = tiny_llama(tied), torch.arange(8)[None]
     before = dict(model.named_parameters(remove_duplicate=False))
-    rounded = copy.deepcopy(model).bfloat16()
+    rounded = copy.deepcopy(model)
+    for p in rounded.parameters():  # Not the buffers: rotary frequencies stay float32.
+        p.data = p.data.bfloat16()
     for made in (model, rounded):
-        with modelling.computing_in(torch.bfloat16, made):
+        with modeling.cast_params(made, torch.bfloat16):
             assert made.dtype == torch.bfloat16
             for part in (ids, ids + 1):  # two rows add up
                 made(ids, labels=part).loss.backward()
-    with modelling.computing_in(torch.bfloat16, model):
+    with modeling.cast_params(model, torch.bfloat16):
         assert torch.equal(model(ids).logits, rounded(ids).logits)
     assert dict(model.named_parameters(remove_duplicate=False)) == before
     for (name, p), other in zip(model.named_parameters(), rounded.parameters(), strict=True):
@@ -177,15 +186,15 @@ def test_a_loss_in_chunks_has_the_gradients_of_the_whole_matrix(monkeypatch, tie
     examples = Examples([40, 9, 23], [31, 2, 1])
     losses, gradients = [], []
     for plain_head, logits in ((False, 2**26), (True, 2**26), (True, 64 * 5)):
-        monkeypatch.setattr(modelling.HeadLoss, "LOGITS", logits)
+        monkeypatch.setattr(modeling.HeadLoss, "LOGITS", logits)
         model = tiny_llama(tied)
-        assert modelling.has_plain_head(model)
-        loss = modelling.PackedLoss(model, plain_head)
-        with modelling.computing_in(dtype, model):
-            value = loss(data.collate(examples, [0, 1, 2]))
+        assert modeling.has_plain_head(model)
+        loss = modeling.PackedLoss(model, plain_head)
+        with modeling.cast_params(model, dtype):
+            value = loss(packing.collate(examples, [0, 1, 2]))
         (value * 0.3).backward()
-        with torch.no_grad(), modelling.computing_in(dtype, model):
-            assert torch.equal(loss(data.collate(examples, [0, 1, 2])), value.detach())
+        with torch.no_grad(), modeling.cast_params(model, dtype):
+            assert torch.equal(loss(packing.collate(examples, [0, 1, 2])), value.detach())
         losses.append(value.item())
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     rounded = dtype == torch.bfloat16
@@ -203,13 +212,13 @@ def test_a_head_with_a_cap_a_scale_or_a_bias_is_left_to_the_model():
         GraniteConfig(**shape, logits_scaling=8.0, pad_token_id=0),
     ):
         model = AutoModelForCausalLM.from_config(made)
-        assert not modelling.has_plain_head(model)
-        loss = modelling.PackedLoss(model, plain_head=False)
+        assert not modeling.has_plain_head(model)
+        loss = modeling.PackedLoss(model, plain_head=False)
         wanted = 0.0
         for i in range(2):
             ids, labels = (torch.tensor(x[None].astype(np.int64)) for x in examples[i])
             wanted += model(ids, labels=labels).loss.item() * int((labels[:, 1:] != -100).sum())
-        assert sum(loss(data.collate(examples, [i])).item() for i in range(2)) == pytest.approx(wanted, rel=1e-5)
+        assert sum(loss(packing.collate(examples, [i])).item() for i in range(2)) == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -222,22 +231,22 @@ def test_a_head_with_a_cap_a_scale_or_a_bias_is_left_to_the_model():
     ],
     ids=["Bloom", "Qwen3", "GPT-2"],
 )  # fmt: skip
-def test_what_the_last_block_is_spared_changes_no_gradient_of_other_models(made):
+def test_positions_that_the_last_block_skips_change_no_gradient(made):
     examples, gradients = Examples([40, 9, 23], [31, 2, 1]), []
     for plain_head in (True, False):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(made, attn_implementation="eager").eval()
-        assert modelling.has_plain_head(model)
-        modelling.PackedLoss(model, plain_head)(data.collate(examples, [0])).backward()
+        assert modeling.has_plain_head(model)
+        modeling.PackedLoss(model, plain_head)(packing.collate(examples, [0])).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert (gradients[0] - gradients[1]).norm() / gradients[1].norm() < 1e-6
 
 
 def test_documents_are_kept_apart_and_a_leak_is_found():
     model = tiny_llama()
-    assert modelling.keeps_documents_apart(model, model.device, torch.float32)
+    assert attention.isolates_documents(model, model.device, torch.float32)
     model.set_attn_implementation("leaking")
-    assert not modelling.keeps_documents_apart(model, model.device, torch.float32)
+    assert not attention.isolates_documents(model, model.device, torch.float32)
 
 
 def leaking(module, query, key, value, attention_mask, **kwargs):
@@ -251,8 +260,8 @@ AttentionInterface.register("leaking", leaking)
 def test_a_saved_model_opens_with_equal_logits(tmp_path, tied):
     tokenizer = AutoTokenizer.from_pretrained("configs/quickstart")
     model = tiny_llama(tied)
-    empty = modelling.skeleton(model.config, model.generation_config, torch.float32)
-    modelling.export(empty, dict(model.named_parameters()), tokenizer, [3, 5], tmp_path / "model")
+    empty = modeling.meta_model(model.config, model.generation_config, torch.float32)
+    modeling.export(empty, dict(model.named_parameters()), tokenizer, [3, 5], tmp_path / "model")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="per_document")
     ids = torch.arange(20)[None]
     assert torch.equal(reloaded(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
@@ -263,18 +272,18 @@ def test_a_saved_model_opens_with_equal_logits(tmp_path, tied):
 
 def test_the_learning_rate_is_a_function_of_the_step():
     train = config.load(None, ["train.schedule=linear", "train.warmup_steps=2", "train.learning_rate=1.0"]).train
-    assert [modelling.learning_rate(train, k, 6) for k in range(1, 7)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    assert [train_sft.learning_rate(train, k, 6) for k in range(1, 7)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     train.schedule, train.min_learning_rate = "cosine", 0.2
-    assert modelling.learning_rate(train, 5, 6) == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 2)) / 2)
+    assert train_sft.learning_rate(train, 5, 6) == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 2)) / 2)
 
 
 def test_norms_and_biases_have_no_weight_decay():
-    groups = modelling.make_optimizer(tiny_llama(), CFG.train).param_groups
+    groups = train_sft.make_optimizer(tiny_llama(), CFG.train).param_groups
     assert all(p.ndim < 2 for group in groups if group["weight_decay"] == 0 for p in group["params"])
     assert all(p.ndim >= 2 for group in groups if group["weight_decay"] > 0 for p in group["params"])
 
 
-def test_an_output_layer_of_its_own_that_would_be_saved_as_the_embedding_is_refused(tmp_path):
+def test_an_output_layer_that_saving_would_lose_is_refused(tmp_path):
     model = tiny_llama(tied=False)
     model.config.tie_word_embeddings = True
     model.save_pretrained(tmp_path, state_dict={name: value + 0 for name, value in model.state_dict().items()})
@@ -282,38 +291,34 @@ def test_an_output_layer_of_its_own_that_would_be_saved_as_the_embedding_is_refu
     save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"] + 1}, tmp_path / "model.safetensors",
               {"format": "pt"})  # fmt: skip
     cfg = config.load(None, ["model.dtype=float32", f"model.name={tmp_path}"]).model
-    with pytest.raises(
-        ValueError, match="an output layer of its own, and its config.json says tie_word_embeddings: true"
-    ):
-        modelling.load(cfg, CPU)
+    with pytest.raises(ValueError, match="tie_word_embeddings"):
+        modeling.load_model(cfg, CPU)
 
 
-def test_a_model_that_mixes_dtypes_is_refused_in_bfloat16():
-    model = architectures.random_model(architectures.small("openai-gpt"), "eager")
-    assert not modelling.keeps_documents_apart(model, CPU, torch.float32)  # (eager)
-    said = "model.dtype = bfloat16: the code of openai-gpt mixes it with float32 .*; set model.dtype=float32"
-    with pytest.raises(ValueError, match=said), modelling.computing_in(torch.bfloat16, model):
-        modelling.keeps_documents_apart(model, CPU, torch.bfloat16)
-    with pytest.raises(RuntimeError, match="out of memory"), modelling.computing_in(torch.bfloat16, model):
-        raise RuntimeError("out of memory")
+def test_parameters_are_restored_after_an_error_in_bfloat16():
+    model = architectures.random_model(architectures.small("openai-gpt"), "eager")  # Its code mixes dtypes.
+    before = dict(model.named_parameters())
+    with pytest.raises(RuntimeError, match="type"), modeling.cast_params(model, torch.bfloat16):
+        model(torch.arange(4)[None])
+    assert dict(model.named_parameters()) == before
 
 
-def test_documents_that_are_numbered_through_are_seen_before_rounding_hides_it():
+def test_own_position_numbers_are_noticed_before_rounding_hides_them():
     model = architectures.random_model(architectures.small("blenderbot-small"), "per_document")
-    assert not modelling.check_attention(model, config.load(None, ["model.dtype=bfloat16"]).model)
-    with modelling.computing_in(torch.bfloat16, model):
-        assert modelling.keeps_documents_apart(model, CPU, torch.bfloat16)
+    assert not attention.check_packing(model, "small", torch.float32)
+    with modeling.cast_params(model, torch.bfloat16):
+        assert attention.isolates_documents(model, CPU, torch.bfloat16)
 
 
 def in_bfloat16(rank, world_size, strategy):
     """Losses and gradients of two steps, of four rows over all ranks."""
     cfg = config.load(None, ["model.dtype=bfloat16"])
-    loss, model = modelling.parallelise(tiny_llama(), cfg, strategy, world_size, CPU)
-    collate = functools.partial(data.collate, Examples([40, 9, 23, 30], [31, 2, 1, 20]))
-    rows, made = [[0], [1], [2], [3]][rank::world_size], []
+    loss, model = modeling.parallelize(tiny_llama(), cfg, strategy, world_size, CPU)
+    examples, made = Examples([40, 9, 23, 30], [31, 2, 1, 20]), []
+    batches = [packing.collate(examples, row) for row in [[0], [1], [2], [3]][rank::world_size]]
     for _ in range(2):
-        with modelling.computing_in(torch.bfloat16, model):
-            losses = train_sft.forward_backward(loss, rows, collate, world_size * 0.1)
+        with modeling.cast_params(model, torch.bfloat16):
+            losses = train_sft.forward_backward(loss, batches, world_size * 0.1)
         if world_size > 1:
             dist.all_reduce(losses)
         grads = [p.grad.full_tensor() if strategy == "fsdp" else p.grad for p in model.parameters()]
@@ -323,6 +328,7 @@ def in_bfloat16(rank, world_size, strategy):
     return torch.cat(made)
 
 
+@pytest.mark.slow
 def test_in_bfloat16_ddp_and_fsdp_have_the_same_losses_and_gradients(tmp_path):
     for strategy in ("ddp", "fsdp"):
         (tmp_path / strategy).mkdir()
@@ -335,25 +341,41 @@ def test_in_bfloat16_ddp_and_fsdp_have_the_same_losses_and_gradients(tmp_path):
     assert (ddp - alone).norm() < 0.01 * alone.norm()
 
 
-def test_more_tokens_than_learned_positions_are_refused_and_rotary_ones_are_not():
+def test_more_tokens_than_learned_positions_are_refused():
     shape = {"vocab_size": 64, "n_embd": 16, "n_layer": 1, "n_head": 2}
     learned = AutoModelForCausalLM.from_config(GPT2Config(n_positions=32, **shape))
-    modelling.check_positions(learned, 32)
-    with pytest.raises(ValueError, match="33 tokens, and the model 32 positions .*data.max_seq_length=32"):
-        modelling.check_positions(learned, 33, 5)
+    tokenizer = range(64)  # Its length is all that is used of it.
+    modeling.check_model(learned, CFG, 1, tokenizer, 32)
+    with pytest.raises(ValueError, match="data.max_seq_length=32"):
+        modeling.check_model(learned, CFG, 1, tokenizer, 33)
+    with pytest.raises(ValueError, match="65 tokens"):
+        modeling.check_model(learned, CFG, 1, range(65), 32)
     rotary = tiny_llama()
     rotary.config.max_position_embeddings = 32
-    modelling.check_positions(rotary, 33)
+    modeling.check_model(rotary, CFG, 1, tokenizer, 33)
 
 
-def with_unused_weights(rank, world_size):
+@pytest.mark.parametrize(
+    "override, world_size, named",
+    [
+        ("parallel.replicas=2", 1, "parallel.replicas"), ("parallel.cpu_offload=true", 1, "parallel.cpu_offload"),
+        ("parallel.context=3", 4, "parallel.context"), ("parallel.context=8", 8, "4 attention heads"),
+    ],
+)  # fmt: skip
+def test_what_the_ranks_cannot_do_is_not_ignored(override, world_size, named):
+    cfg = config.load("configs/quickstart.yaml", ["parallel.strategy=fsdp", override])
+    with pytest.raises(ValueError, match=named):
+        modeling.check_model(tiny_llama(), cfg, world_size, range(64), 10)
+
+
+def with_unused_parameters(rank, world_size):
     """Gradients of two steps of a model with an image tower, of which text alone is trained."""
     model = architectures.random_model(architectures.small("gemma3"), "per_document")
-    parallel, model = modelling.parallelise(model, CFG, "ddp", world_size, CPU)
+    parallel, model = modeling.parallelize(model, CFG, "ddp", world_size, CPU)
     rows, sums = ([[0, 1, 2, 3]] if world_size == 1 else [[[0, 1]], [[2, 3]]][rank]), []
     for _ in range(2):
-        collate = functools.partial(data.collate, architectures.documents())
-        train_sft.forward_backward(parallel, rows, collate, world_size)
+        batches = [packing.collate(architectures.documents(), row) for row in rows]
+        train_sft.forward_backward(parallel, batches, world_size)
         sums.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
         model.zero_grad(set_to_none=True)
     unused = {name for name, p in model.named_parameters() if "vision_tower" in name or "projector" in name}
@@ -361,10 +383,11 @@ def with_unused_weights(rank, world_size):
     return torch.stack(sums)
 
 
-def test_ranks_train_a_model_with_weights_that_text_does_not_reach(tmp_path):
-    arguments = (tmp_path, with_unused_weights)
+@pytest.mark.slow
+def test_ranks_train_a_model_with_parameters_that_text_does_not_reach(tmp_path):
+    arguments = (tmp_path, with_unused_parameters)
     torch.multiprocessing.start_processes(one_rank, arguments, 2, start_method="fork")
-    alone = with_unused_weights(0, 1)
+    alone = with_unused_parameters(0, 1)
     for rank in range(2):
         assert (torch.load(tmp_path / f"{rank}.pt") - alone).norm() / alone.norm() < 1e-6
 
@@ -379,7 +402,7 @@ def test_experts_are_computed_in_the_dtype_of_the_run(monkeypatch):
 
     monkeypatch.setattr(F, "grouped_mm", noted)
     for dtype in (torch.bfloat16, torch.float32):
-        with modelling.computing_in(dtype, model):
+        with modeling.cast_params(model, dtype):
             assert model(torch.arange(8)[None]).logits.dtype == dtype
         assert dtypes and {*dtypes} == {(dtype, dtype)}
         dtypes.clear()
@@ -398,16 +421,16 @@ def test_other_architectures_learn_in_packed_rows_what_they_learn_alone(model_ty
 @pytest.mark.parametrize(
     ("model_type", "changed", "said"),
     [
-        ("doge", {}, "brings its own attention_mask, which only model.attention=eager applies"),
-        ("deepseek_v32", {}, "does not take packed rows (.*); set model.attention=eager"),
-        ("bert", {}, "its tokens see those that come later: no causal language model"),
-        ("bert", {"attention": "eager"}, "its tokens see those that come later: no causal language model"),
-        ("roberta", {}, "its tokens see"),
-        ("phimoe", {}, "the last 16 tokens by its mask alone, and a document has 20: set data.max_seq_length"),
-        ("mpt", {"attention": "sdpa"}, "MptForCausalLM computes its attention itself; auto and eager leave it to that"),
+        ("doge", {}, "attention_mask: set model.attention=eager"),
+        ("deepseek_v32", {}, "set model.attention=eager"),
+        ("bert", {}, "not causal"),
+        ("bert", {"attention": "eager"}, "not causal"),
+        ("roberta", {}, "not causal"),
+        ("phimoe", {}, "16 tokens.* 20: set data.max_seq_length=16"),
+        ("mpt", {"attention": "sdpa"}, "MptForCausalLM"),
     ],
 )
-def test_a_model_that_would_learn_something_else_in_packed_rows_is_refused(model_type, changed, said):
+def test_a_model_that_packed_rows_would_change_is_refused(model_type, changed, said):
     with pytest.raises(ValueError, match=said):
         architectures.differences(architectures.small(model_type), **changed)
 
@@ -415,19 +438,19 @@ def test_a_model_that_would_learn_something_else_in_packed_rows_is_refused(model
 def test_a_model_that_numbers_its_tokens_in_its_own_way_is_refused():
     made = architectures.small("roberta")
     made.is_decoder = True
-    for attention_asked, said in [("auto", "set model.attention=eager"), ("eager", "it numbers its tokens in its own")]:
-        with pytest.raises(ValueError, match=f"other logits than by itself .*; {said}"):
-            architectures.differences(made, attention=attention_asked)
+    for requested, fix in [("auto", "set model.attention=eager"), ("eager", "cannot be trained")]:
+        with pytest.raises(ValueError, match=f"packed row; .*{fix}"):
+            architectures.differences(made, attention=requested)
 
 
 def test_quantized_weights_are_refused():
     made = LlamaConfig(quantization_config={"quant_method": "mxfp4"})
-    with pytest.raises(ValueError, match=r"has quantized weights \(mxfp4\), which cannot be trained; name a copy"):
-        modelling.class_of(CFG.model, made)
+    with pytest.raises(ValueError, match="quantized .*mxfp4"):
+        modeling.model_class("a-model", made)
 
 
 def test_looking_at_the_head_leaves_no_trace_where_it_fails(monkeypatch):
     model = tiny_llama()
     monkeypatch.setattr(model.model, "forward", lambda **_: 1 / 0)
-    assert not modelling.has_plain_head(model)  # the slower way is right for any head
+    assert not modeling.has_plain_head(model)  # the slower way is right for any head
     assert not model.lm_head._forward_hooks and model.config._attn_implementation == "per_document" and model.training
