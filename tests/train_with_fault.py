@@ -1,4 +1,4 @@
-"""train_sft.py with a fault of one rank: FAULT=RANK:N:WHAT does WHAT in that rank's N-th optimizer step."""
+"""train_sft.py with a fault of one rank: FAULT=RANK:N:WHAT does WHAT at the start of that rank's N-th step."""
 
 import os
 import signal
@@ -8,31 +8,31 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import packing  # noqa: E402
 import train_sft  # noqa: E402
 
-rank, left, what = os.environ["FAULT"].split(":")
-left, clip = int(left), train_sft.clip
+rank, left, fault = os.environ["FAULT"].split(":")
+left, step_examples = int(left), packing.step_examples
 
 
-def clip_with_fault(*arguments):
+def step_examples_with_fault(*arguments):
+    """Every step begins with this call."""
     global left
     left -= 1
     if left == 0 and rank == os.environ.get("RANK", "0"):
-        if what == "raise":
+        if fault == "raise":
             raise IndexError("a mistake in the code")
-        elif what == "hang":
+        elif fault == "hang":
             time.sleep(1000)
-        elif what.startswith("SIG"):
-            os.kill(os.getpid(), getattr(signal, what))
-            time.sleep(0.2)  # until it is heard
-        elif what == "STOP":
+        elif fault.startswith("SIG"):
+            os.kill(os.getpid(), getattr(signal, fault))
+        elif fault == "STOP":
             output_dir = next(a for a in sys.argv if a.startswith("output_dir=")).removeprefix("output_dir=")
             (Path(output_dir) / "STOP").touch()
-    return clip(*arguments)
+    return step_examples(*arguments)
 
 
-train_sft.clip = clip_with_fault
+packing.step_examples = step_examples_with_fault
 if __name__ == "__main__":
     train_sft.main()
-    sys.stdout.flush()
-    os._exit(0)
+    train_sft.distributed.hard_exit()
