@@ -1,7 +1,7 @@
-"""Chats in which the assistant calls a function for the weather or the time of a city, and says what came back.
+"""Chats in which the assistant calls a function for the weather or the time of a city, and reports its result.
 
-A sixth of the pairs of city and phrasing is held out, and those chats end with the call or with what is said of its
-result: the score shows whether the right function is called with the right city, and the result read.
+A sixth of the pairs of city and phrasing is held out, and those chats end with the call or with the answer that reports
+its result: the score shows whether the right function is called with the right city, and whether the result is read.
 """
 
 import json
@@ -14,7 +14,7 @@ CITIES = (
     "Kyiv Sofia Cairo Nairobi Accra Dakar Tunis Tokyo Beijing Bangkok Tehran Baghdad Lima Santiago Bogota Quito Havana "
     "Kingston Ottawa"
 ).split()
-ASKED = {
+QUESTIONS = {
     "get_weather": [
         "What is the weather in {c}?", "How warm is it in {c}?", "Is it cold in {c}?", "Tell me the weather in {c}.",
         "Do I need a coat in {c}?", "The weather in {c}, please.",
@@ -24,34 +24,34 @@ ASKED = {
         "Do people in {c} sleep now?", "The time in {c}, please.",
     ],
 }  # fmt: skip
-SAID = {"get_weather": "It is {r} degrees in {c}.", "get_time": "It is {r} o'clock in {c}."}
+ANSWERS = {"get_weather": "It is {r} degrees in {c}.", "get_time": "It is {r} o'clock in {c}."}
 RESULTS = {"get_weather": "degrees", "get_time": "hour"}
 
 
-def tool(name: str, what: str) -> dict:
+def tool(name: str, description: str) -> dict:
     city = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
-    return {"type": "function", "function": {"name": name, "description": what, "parameters": city}}
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": city}}
 
 
 TOOLS = [tool("get_weather", "The weather of a city."), tool("get_time", "The time in a city.")]
 
 
 class Cities:
-    """Rows of `messages` and `tools`; a call is {"type": "function", "function": {"name": ..., "arguments": {...}}}."""
+    """Conversations with tools. A call is {"type": "function", "function": {"name": ..., "arguments": {...}}}."""
 
     def __init__(self, seed: int = 0):
-        draw = random.Random(seed)
+        rng = random.Random(seed)
         self.formatted_ds = {"train": [], "validation": []}
         for city in CITIES:
-            for name, phrasings in ASKED.items():
+            for name, phrasings in QUESTIONS.items():
                 for phrasing in phrasings:
-                    split = "validation" if draw.random() < 1 / 6 else "train"
-                    chat = self.chat(name, phrasing, city, draw.randrange(1, 25))
-                    if split == "validation" and draw.random() < 0.5:
+                    split = "validation" if rng.random() < 1 / 6 else "train"
+                    chat = self.chat(name, phrasing, city, rng.randrange(1, 25))
+                    if split == "validation" and rng.random() < 0.5:
                         chat = chat[:2]
                     self.formatted_ds[split].append({"messages": chat, "tools": TOOLS})
-        for rows in self.formatted_ds.values():
-            draw.shuffle(rows)
+        for conversations in self.formatted_ds.values():
+            rng.shuffle(conversations)
         self.task_spec = TaskDataSpec("cities")
 
     def chat(self, name: str, phrasing: str, city: str, result: int) -> list[dict]:
@@ -60,5 +60,5 @@ class Cities:
             {"role": "user", "content": phrasing.format(c=city)},
             {"role": "assistant", "content": "", "tool_calls": [call]},
             {"role": "tool", "content": json.dumps({RESULTS[name]: result})},
-            {"role": "assistant", "content": SAID[name].format(c=city, r=result)},
+            {"role": "assistant", "content": ANSWERS[name].format(c=city, r=result)},
         ]
