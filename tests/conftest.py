@@ -13,6 +13,10 @@ from running import metrics, run  # noqa: E402
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: trains with several ranks, kills runs, or runs forks")
+
+
 @pytest.fixture(scope="session")
 def two_epochs(tmp_path_factory):
     """Arguments of a run of six steps, two epochs with a smaller last batch, and the folder of an undisturbed run."""
@@ -41,9 +45,9 @@ QUESTIONS = [
 
 
 @pytest.fixture(scope="session")
-def memorised(tmp_path_factory):
+def memorized(tmp_path_factory):
     """The output_dir of a run that has learned four conversations by heart, and their file."""
-    folder = tmp_path_factory.mktemp("memorised")
+    folder = tmp_path_factory.mktemp("memorized")
     with open(folder / "chats.jsonl", "w") as file:
         for turns, answers in QUESTIONS:
             messages = [{"role": r, "content": t} for turn in turns for r, t in zip(ROLES, turn, strict=True)]

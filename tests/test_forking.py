@@ -11,10 +11,10 @@ import pytest
 import torch
 from running import ROOT, metrics
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-import checkpoint
 import config
-import model as modelling
+import model as modeling
 
 SECTIONS = dict(
     (title, (diff, command))
@@ -53,16 +53,19 @@ def fork(tmp_path, title, *overrides, replace=("", "")):
 def start_weights():
     """Of the quickstart's model, before any step."""
     torch.manual_seed(42)
-    model = modelling.load(config.load(str(ROOT / "configs/quickstart.yaml"), []).model, torch.device("cpu"))
+    model = modeling.load_model(config.load(str(ROOT / "configs/quickstart.yaml"), []).model, torch.device("cpu"))
     return dict(model.named_parameters())
+
+
+pytestmark = pytest.mark.slow
 
 
 def test_there_are_five_changes_of_fewer_than_40_lines_each():
     assert len(SECTIONS) == 5 and all(len(diff.splitlines()) < 40 for diff, _ in SECTIONS.values())
 
 
-def test_distillation_learns_the_teachers_probabilities_beside_the_text(tmp_path, memorised):
-    teacher = str(memorised / "model")
+def test_distillation_learns_the_teachers_probabilities_and_the_text(tmp_path, memorized):
+    teacher = str(memorized / "model")
     out, _ = fork(tmp_path, "Another loss: distillation", replace=("results/quickstart/model", teacher))
     losses = metrics(out)
     assert losses[4] < losses[1] and not torch.equal(
@@ -79,11 +82,11 @@ def test_distillation_learns_the_teachers_probabilities_beside_the_text(tmp_path
     assert half[0] == pytest.approx(metrics(plain, "val/loss")[0] / 2, rel=1e-5)
 
 
-def test_muon_takes_the_matrices_of_the_blocks_and_goes_on_from_a_checkpoint(tmp_path):
+def test_muon_takes_the_matrices_of_the_blocks_and_resumes(tmp_path):
     out, _ = fork(tmp_path, "Another optimizer: Muon", "train.max_steps=2")
     out, said = fork(tmp_path, "Another optimizer: Muon")
-    assert "going on from step 2" in said and [*metrics(out)] == [1, 2, 3, 4]
-    kept = checkpoint.read_metadata(out / "checkpoints/step_00000004/state").state_dict_metadata
+    assert "2 steps from step 3" in said and [*metrics(out)] == [1, 2, 3, 4]
+    kept = HuggingFaceStorageReader(out / "checkpoints/step_00000004/state").read_metadata().state_dict_metadata
     matrices = {name for name, p in start_weights().items() if ".layers." in name and p.ndim == 2}
     assert {name for name in kept if name.endswith("momentum_buffer")} == {
         f"optimizer.{name}.momentum_buffer" for name in matrices}  # fmt: skip

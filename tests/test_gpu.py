@@ -8,6 +8,7 @@ from running import GPUS, metrics, run_as_user
 from test_attention import ENDS, ROW, attended, inputs
 
 import attention
+import packing
 
 pytestmark = pytest.mark.skipif(not GPUS, reason="needs a GPU")
 FEW = ["configs/quickstart.yaml", "train.max_steps=8", "train.warmup_steps=0", "validation.every=4",
@@ -18,7 +19,7 @@ def train(folder, *arguments, gpus=1):
     said = run_as_user(
         folder, *FEW, *arguments, f"output_dir={folder}", processes=gpus, CUDA_VISIBLE_DEVICES=",".join(GPUS[:gpus])
     )
-    assert f"over {gpus} process(es) on cuda" in said
+    assert f"over {gpus} rank(s) on cuda" in said
     return losses(folder)
 
 
@@ -66,7 +67,7 @@ def test_both_kernels_give_the_same_output_and_gradients(monkeypatch, window):
 
 def compare_kernels(_, window):
     assert os.environ["CUDA_VISIBLE_DEVICES"]
-    results, row = [], attention.Documents(ENDS, ROW.starts.cuda())
+    results, row = [], packing.Documents(ENDS, ROW.starts.cuda())
     for kernel in (attention.per_document, attention.per_document_varlen):
         made = [x.to("cuda", torch.bfloat16).requires_grad_() for x in inputs(2)]
         output, _ = kernel(torch.nn.Module(), *made, None, sliding_window=window, documents=row)
