@@ -242,17 +242,18 @@ def train_ours(name, work, folder, device) -> dict:
     import train_sft
 
     meter = Meter(device == "cuda")
-    collate = train_sft.data.collate
+    collate = train_sft.packing.collate
 
     def counting(examples, row, *arguments, **options):
-        meter.count(examples.lengths[row].sum(), examples.supervised[row].sum())
+        if row:
+            meter.count(examples.lengths[row].sum(), examples.trained_tokens[row].sum())
         return collate(examples, row, *arguments, **options)
 
     def save_nothing(*_):  # nor does TRL here
         pass
 
-    train_sft.data.collate = counting
-    train_sft.checkpoint.Writer.save = train_sft.checkpoint.put_model = save_nothing
+    train_sft.packing.collate = counting
+    train_sft.checkpoint.CheckpointWriter.save = train_sft.checkpoint.make_model_folder = save_nothing
     shutil.rmtree(folder / "run", ignore_errors=True)
     sys.argv = [
         "train_sft.py", "configs/squad.yaml", f"output_dir={folder}/run", f"model.name={folder}/model",
@@ -314,6 +315,7 @@ def products(work, folder, device) -> dict:
     import config
     import data
     import packing
+    import tokens
 
     shape, dtype = work["shape"], getattr(torch, work["dtype"])
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
@@ -322,8 +324,8 @@ def products(work, folder, device) -> dict:
     linear = [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden)]
     linear += [(hidden, inner), (hidden, inner), (inner, hidden)]
     cfg = config.load(None, [f"model.name={folder}/model", *the_data(folder)])
-    prepared = data.tokenise_splits(cfg, data.load_tokenizer(cfg), data.load_entries(cfg))
-    examples = data.open_split(prepared, "train", cfg.data)
+    prepared = tokens.tokenize_splits(cfg, tokens.load_tokenizer(cfg), data.load_mixture(cfg))
+    examples = tokens.open_split(prepared, "train", cfg.data)
 
     def three_products(rows, into, out):
         x, w, dy = (torch.randn(*size, device=device, dtype=dtype) for size in ((rows, into), (into, out), (rows, out)))
@@ -342,7 +344,7 @@ def products(work, folder, device) -> dict:
     for step in range(1, WARM_UP + 5):
         chosen = packing.step_examples(len(examples), step, cfg.seed, work["batch"])
         for row in packing.pack(chosen, examples.lengths, 1, work["row"])[0]:
-            count, supervised = int(examples.lengths[row].sum()), int(examples.supervised[row].sum())
+            count, supervised = int(examples.lengths[row].sum()), int(examples.trained_tokens[row].sum())
             needed = shape["num_hidden_layers"] * sum(three_products(count, *size) for size in linear)
             needed += three_products(supervised, hidden, shape["vocab_size"])
             if step > WARM_UP:
