@@ -7,6 +7,7 @@ from running import call, script
 import chat
 
 
+@pytest.mark.slow
 def test_a_chat_answers_through_its_template_and_stops_at_turn_ends(memorized):
     lines = "Where is Oslo?\nAnd Lima?\n/reset\nWhere is Paris?\n/what\n/exit\nWho are you?\n"
     output, _ = script("chat.py", memorized, said=lines)
@@ -15,6 +16,7 @@ def test_a_chat_answers_through_its_template_and_stops_at_turn_ends(memorized):
     assert "/what" in answers[3] and "small" not in output
 
 
+@pytest.mark.slow
 def test_a_prompt_is_answered_with_nothing_else_on_standard_output(memorized):
     assert script("chat.py", memorized, "--prompt", "Who are you?")[0] == "A small model.\n"
     rome = ["--prompt", "Where is Rome?"]
@@ -44,6 +46,7 @@ def test_ctrl_c_ends_an_answer_and_the_chat_continues(memorized, monkeypatch, ca
     assert talk.messages[-1]["content"] == "In Peru." and "In Norway.\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_conversation_that_cannot_be_answered_is_one_line(memorized):
     output, error = script("chat.py", memorized, said="word " * 300 + "\nWho are you?\n/exit\n")
     assert "error" in output and "256" in output and "A small model." in output and "Traceback" not in error

@@ -163,6 +163,7 @@ def test_a_model_without_sdpa_is_saved_opened_and_answers(tmp_path, model_type):
     assert greedy[2:] == answers[1] and len(answers[1]) > 2
 
 
+@pytest.mark.slow
 def test_answers_use_up_no_graphs_of_a_compiled_model(memorized):
     model = open_saved(memorized / "model", torch.float32, "per_document")
     compiled = functools.partial(torch.nn.Module.compile, backend="eager")

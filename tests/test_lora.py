@@ -90,6 +90,7 @@ def test_all_linear_is_all_but_the_output_layer_and_names_choose(base):
             adapted(wrong)
 
 
+@pytest.mark.slow
 def test_the_saved_adapter_is_the_trained_one_without_its_base(trained, base):
     weights = load_file(trained / "model/adapter_model.safetensors")
     state = checkpoint.read_parameters(trained / "checkpoints/step_00000004")
@@ -113,6 +114,7 @@ def test_peft_opens_the_adapter_with_equal_logits(trained):
     assert (logits(untrained, tokenizer) - logits(ours, tokenizer)).abs().max() > 0.01
 
 
+@pytest.mark.slow
 def test_a_merged_adapter_is_a_plain_model_with_equal_logits(trained, arguments, tmp_path):
     checkpoint.main([str(trained / "checkpoints/step_00000004"), str(tmp_path / "merged")])
     shutil.copytree(trained / "model", tmp_path / "above/run/model")

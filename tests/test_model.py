@@ -130,6 +130,7 @@ def varlen_on_a_cpu(q, k, v, starts, _, longest, __, scale, window_size, enable_
     return F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=enable_gqa)[0].transpose(0, 1)
 
 
+@pytest.mark.slow
 def test_one_graph_of_a_block_holds_its_attention_for_any_documents(monkeypatch):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_on_a_cpu)
     model, lengths = tiny_llama(), [16, 9, 30, 12, 10, 11, 40, 50]

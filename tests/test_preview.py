@@ -21,6 +21,7 @@ def run(tmp_path, *arguments, expect=0):
     return call(preview.main, *arguments, f"output_dir={tmp_path / 'out'}", expect=expect, home=home)[0]
 
 
+@pytest.mark.slow
 def test_the_report_shows_what_is_trained_and_starts_nothing(tmp_path):
     page = tmp_path / "page.html"
     arguments = [*QUICKSTART, f"output_dir={tmp_path / 'out'}", "--samples", "2", "--ids", "--html", str(page)]

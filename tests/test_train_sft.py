@@ -59,6 +59,7 @@ def test_losses_and_parameters_do_not_depend_on_the_machine(tmp_path, single, pr
     assert (a - b).norm() < 1e-4 * (b - start).norm()
 
 
+@pytest.mark.slow
 def test_the_saved_model_has_the_stop_token_and_template_of_training(single):
     for folder in (single / "model", single / "checkpoints/step_00000002/model"):
         tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
@@ -308,6 +309,7 @@ def test_an_adapter_is_no_model_to_train_on(tmp_path):
     assert "python checkpoint.py tests/saved_by_peft/adapter" in said
 
 
+@pytest.mark.slow
 def test_a_model_of_few_positions_answers_within_them(tmp_path):
     shape = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 96, "vocab_size": 1024}
     GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=2, eos_token_id=2)).save_pretrained(tmp_path / "gpt2")
