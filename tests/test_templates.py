@@ -109,7 +109,7 @@ def test_generation_tags_are_obeyed():
     assert trained_texts(tagged, CHAT) == ["First.;", " Second. ;"]
 
 
-def test_a_turn_that_the_template_writes_differently_later_is_trained_as_it_stands_in_the_text():
+def test_a_turn_written_differently_later_is_trained_as_it_stands():
     looks_ahead = CHATML.replace("m['content']", "(m['content'] if loop.last else '...')")
     assert trained_texts(looks_ahead, CHAT) == ["...<|im_end|>", " Second. <|im_end|>"]
 
