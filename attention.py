@@ -19,7 +19,7 @@ from transformers import AttentionInterface
 
 from packing import Documents, cp_slice
 
-# torch 2.11 takes fewer key heads without being told.
+# torch 2.11 takes fewer key heads without this argument.
 HAS_ENABLE_GQA = "enable_gqa" in inspect.signature(torch.nn.attention.varlen.varlen_attn).parameters
 
 

@@ -208,6 +208,11 @@ def delete(folder: Path):
     shutil.rmtree(stale, ignore_errors=True)
 
 
+def cause(error: BaseException) -> BaseException:
+    """Return what one of the ranks has raised, of an error that DCP raises for all of them."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
+
+
 def adam_state(p: torch.nn.Parameter) -> dict[str, torch.Tensor]:
     """Return the state that fused AdamW has for a parameter before its first step."""
     step = torch.zeros((), dtype=torch.float32, device=p.device)
@@ -295,9 +300,7 @@ class CheckpointWriter:
         except (Exception, dcp.CheckpointException) as error:
             if self.rank == 0:
                 shutil.rmtree(unfinished, ignore_errors=True)
-            if isinstance(error, dcp.CheckpointException):
-                error = next(iter(error.failures.values()))[0]
-            self.error = OSError(f"{final} could not be written: {error}; the same command resumes")
+            self.error = OSError(f"{final} could not be written: {cause(error)}; the same command resumes")
 
     def finish(self, unfinished: Path, final: Path, info: dict):
         """Export the model of a checkpoint whose state/ is there, give it its name, and delete those not kept."""
@@ -347,9 +350,8 @@ def read_state(folder: Path, state: dict[str, torch.Tensor], no_dist: bool):
                 raise ValueError(f"a part of {name} is missing")
         dcp.load(state, storage_reader=reader, no_dist=no_dist)
     except (Exception, dcp.CheckpointException) as error:
-        if isinstance(error, dcp.CheckpointException):
-            error = next(iter(error.failures.values()))[0]
-        raise ValueError(f"{reader.path} cannot be read: {error}. Move {folder} away to resume without it") from None
+        reason = f"{reader.path} cannot be read: {cause(error)}. Move {folder} away to resume without it"
+        raise ValueError(reason) from None
 
 
 def make_model_folder(folder: Path, target: Path, merge: bool):

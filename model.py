@@ -248,8 +248,8 @@ def cast_params(model, dtype: torch.dtype):
 
 class Cast(torch.autograd.Function):
     """A parameter in another dtype. Its gradient is added to the parameter's own as it is: autograd would first convert
-    it to float32, and so read and write nearly twice as much memory. (DDP's hook runs
-    even so, but hooks on the parameter's gradient see only the first row's.)"""
+    it to float32, and so read and write nearly twice as much memory. (DDP's hook runs even so, but hooks on the
+    parameter's gradient see only the first row's.)"""
 
     @staticmethod
     def forward(ctx, p, dtype: torch.dtype):

@@ -231,7 +231,7 @@ def turn_start(chat: Chat, i: int, first: int) -> int:
         if length is not None:
             return start + length
     prompt = (here or default)[0]
-    chat.refuse(i, f"the header cannot be told from what follows (the generation prompt is {prompt!r})", start)
+    chat.refuse(i, f"the header cannot be separated from what follows (the generation prompt is {prompt!r})", start)
 
 
 def partial_prompt_len(prompt: str, header: str, role_before: str | None) -> int | None:

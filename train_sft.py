@@ -53,8 +53,8 @@ def main():
         # ---- device and process group; tokenizer, datasets, tokens ----
         device = take_device(local_rank)
         distributed.init_process_group(cfg.cluster.hang_timeout)
-        _, finished = distributed.broadcast_object(checkpoint.find_resume_checkpoint(config.to_dict(cfg)))
-        if finished:
+        finished = rank == 0 and checkpoint.find_resume_checkpoint(config.to_dict(cfg))[1]
+        if distributed.broadcast_object(finished):
             if rank == 0:
                 print(f"{output_dir} holds a finished run; to train further, raise train.max_epochs or max_steps")
             return
@@ -149,9 +149,8 @@ def train(
 
         stop = stop_signals[0] if stop_signals else stop_reason(cfg, started, 2 * slowest + writer.seconds)
         sums = torch.stack([losses.sum(), losses.new_tensor(float(stop is not None))])
-        loss, ranks_stopping = distributed.all_reduce_sum(
-            sums
-        ).tolist()  # The loop waits for the GPU here, once per step.
+        # The loop waits for the GPU here, once per step.
+        loss, ranks_stopping = distributed.all_reduce_sum(sums).tolist()
         loss, grad_norm = loss / trained_tokens, float(norm)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise_not_finite(step, loss, grad_norm, rows, losses, train_set)
@@ -436,11 +435,8 @@ def validate(
     loss = sum(sums) / sum(trained_tokens)
     if not math.isfinite(loss):
         raise FloatingPointError(f"step {step}: val/loss is {loss}; earlier checkpoints are intact")
-    metrics = {
-        "val/loss": loss,
-        "val/perplexity": math.exp(min(loss, 700)),
-        "val/supervised_tokens": sum(trained_tokens),
-    }
+    metrics = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700))}
+    metrics["val/supervised_tokens"] = sum(trained_tokens)
     if len(ranges) > 1:
         metrics |= {f"val/loss/{n}": s / t for n, s, t in zip(examples.names, sums, trained_tokens, strict=True)}
     if tracker:

@@ -79,19 +79,19 @@ def run_as_user(tmp_path, *arguments, processes=1, expect=0, fault=None, **envir
 
 
 def run(tmp_path, *arguments, processes=1, expect=0, fault=None):
-    """The same, in forks of this process, which have everything loaded and are told what torchrun tells: takes seconds
-    less."""
-    told = [{}]
+    """The same, in forks of this process, which have everything loaded and torchrun's environment variables: takes
+    seconds less."""
+    environments = [{}]
     if processes > 1:
         listening = socket.create_server(("127.0.0.1", 0))
         port = listening.getsockname()[1]
         group = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "GROUP_RANK": 0}
         group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"}
         group |= {"TORCHELASTIC_RESTART_COUNT": 0, "TORCHELASTIC_USE_AGENT_STORE": True}
-        told = [group | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
+        environments = [group | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
     with tempfile.TemporaryDirectory() as folder:
         log, home = Path(folder) / "log", tmp_path.parent / "hf"
-        pids = [start_in_fork(arguments, home, log, fault, **environment) for environment in told]
+        pids = [start_in_fork(arguments, home, log, fault, **environment) for environment in environments]
         if processes > 1:  # after the forks: its thread may hold a lock of the C library, which they would never get
             store = dist.TCPStore(  # noqa: F841 (as long as the ranks live)
                 "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()

@@ -60,13 +60,13 @@ for name in "$@"; do
                 kill) pkill -9 -n -f "train_sft.py configs/quickstart.yaml output_dir=$out/kill" ;;
             esac
             ;;
-        early) # told to stop before the run has begun
+        early) # requested to stop before the run has begun
             job=$(submit early)
             until squeue -h -j "$job" -t RUNNING | grep -q .; do sleep 0.5; done
             sleep 2
             scancel --batch --signal=USR1 "$job"
             ;;
-        limit) # one minute, and told 45 seconds before
+        limit) # one minute, and signalled 45 seconds before
             job=$(submit limit --time 1 --signal B:USR1@45)
             ;;
         cancel)

@@ -105,7 +105,7 @@ def test_the_loss_of_a_packed_row_is_the_sum_of_its_documents_losses():
 
 @pytest.mark.parametrize("kernel", ["per_document", "per_document_varlen"])
 def test_a_step_waits_for_no_number_of_the_gpu(kernel):
-    """Fake tensors have no numbers, and raise where one is asked for. (The kernel for GPUs has a fake of its own.)"""
+    """Fake tensors have no numbers, and raise where one is read. (The kernel for GPUs has a fake of its own.)"""
     examples = Examples([40, 9, 23], [31, 2, 1])
     with FakeTensorMode():
         model = tiny_llama()
