@@ -30,7 +30,7 @@ def two_epochs(tmp_path_factory):
         "train.global_batch_size=8", "train.max_epochs=2", "train.max_steps=null", "validation.every=2",
         "validation.exact_match=0", "validation.samples=0", "checkpoint.every=1", "checkpoint.keep=1",
     ]  # fmt: skip
-    run(folder, *arguments, f"output_dir={folder}/undisturbed")
+    run(*arguments, f"output_dir={folder}/undisturbed")
     assert [*metrics(folder / "undisturbed")] == [1, 2, 3, 4, 5, 6]
     return arguments, folder / "undisturbed"
 
@@ -53,7 +53,7 @@ def memorized(tmp_path_factory):
             messages = [{"role": r, "content": t} for turn in turns for r, t in zip(ROLES, turn, strict=True)]
             file.write(json.dumps({"messages": messages, "answers": answers}) + "\n")
     said = run(
-        folder, "configs/quickstart.yaml", f"output_dir={folder}/run", f"data.dataset={folder}/chats.jsonl",
+        "configs/quickstart.yaml", f"output_dir={folder}/run", f"data.dataset={folder}/chats.jsonl",
         f"data.args.validation={folder}/chats.jsonl", "train.global_batch_size=4", "train.max_steps=60",
         "train.learning_rate=1e-2", "validation.every=60", "validation.exact_match=4", "validation.samples=1",
         "checkpoint.every=null",

@@ -24,6 +24,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parent.parent
+TEMPORARY = tempfile.TemporaryDirectory()
+HOME = Path(TEMPORARY.name)  # HF_HOME of all runs, so that the same conversations are tokenized once
 
 
 def gpus() -> list[str]:
@@ -48,7 +50,7 @@ def script(name, *arguments, processes=1, expect=0, said=None, **environment):
     return done.stdout, done.stderr
 
 
-def call(main, *arguments, expect=0, home=None):
+def call(main, *arguments, expect=0, said="", home=None):
     """As `script` of one process, but in this one, which has everything loaded: `main` is the script's."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     constants = huggingface_hub.constants
@@ -56,6 +58,7 @@ def call(main, *arguments, expect=0, home=None):
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         mock.patch.object(sys, "argv", [main.__module__, *map(str, arguments)]),
+        mock.patch.object(sys, "stdin", io.StringIO(said)),
         mock.patch.object(constants, "HF_HUB_OFFLINE", True),
         mock.patch.object(constants, "HF_HOME", str(home or constants.HF_HOME)),
     ):
@@ -70,17 +73,17 @@ def call(main, *arguments, expect=0, home=None):
     return out.getvalue(), err.getvalue()
 
 
-def run_as_user(tmp_path, *arguments, processes=1, expect=0, fault=None, **environment):
+def run_as_user(*arguments, processes=1, expect=0, fault=None, **environment):
     """All that a training says, started by torchrun if there is more than one process; `fault`: see
     train_with_fault.py."""
     name, fault = ("tests/train_with_fault.py", fault) if fault else ("train_sft.py", "-1:0:")
-    environment |= {"HF_HOME": str(tmp_path.parent / "hf"), "FAULT": fault}
+    environment |= {"HF_HOME": str(HOME), "FAULT": fault}
     return "".join(script(name, *arguments, processes=processes, expect=expect, **environment))
 
 
-def run(tmp_path, *arguments, processes=1, expect=0, fault=None):
+def run(*arguments, processes=1, expect=0, fault=None, name="tests/train_with_fault.py"):
     """The same, in forks of this process, which have everything loaded and torchrun's environment variables: takes
-    seconds less."""
+    seconds less. `name`: of the script."""
     environments = [{}]
     if processes > 1:
         listening = socket.create_server(("127.0.0.1", 0))
@@ -90,8 +93,8 @@ def run(tmp_path, *arguments, processes=1, expect=0, fault=None):
         group |= {"TORCHELASTIC_RESTART_COUNT": 0, "TORCHELASTIC_USE_AGENT_STORE": True}
         environments = [group | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
     with tempfile.TemporaryDirectory() as folder:
-        log, home = Path(folder) / "log", tmp_path.parent / "hf"
-        pids = [start_in_fork(arguments, home, log, fault, **environment) for environment in environments]
+        log = Path(folder) / "log"
+        pids = [start_in_fork(arguments, HOME, log, fault, name=name, **environment) for environment in environments]
         if processes > 1:  # after the forks: its thread may hold a lock of the C library, which they would never get
             store = dist.TCPStore(  # noqa: F841 (as long as the ranks live)
                 "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
@@ -107,9 +110,12 @@ def metrics(output_dir, name="train/loss"):
     return {line["step"]: line[name] for line in lines if name in line}
 
 
-def start_in_fork(arguments, home: Path, log: Path, fault=None, kill_at_event=None, **environment) -> int:
+def start_in_fork(
+    arguments, home: Path, log: Path, fault=None, kill_at_event=None, name="tests/train_with_fault.py", root=ROOT,
+    **environment,
+) -> int:  # fmt: skip
     """A training in a fork of this process. Returns its pid. `home`: HF_HOME; `kill_at_event`: (folder, n), -9 at the
-    n-th change of a file there."""
+    n-th change of a file there; `name`: the script, in the folder `root`, whose files it imports."""
     pid = os.fork()
     if pid:
         return pid
@@ -120,13 +126,17 @@ def start_in_fork(arguments, home: Path, log: Path, fault=None, kill_at_event=No
         sys.stdout = sys.stderr = open(1, "w", closefd=False)
         faulthandler.dump_traceback_later(200, exit=True)  # where it hangs
         torch.set_num_threads(1)
-        os.chdir(ROOT)
+        os.chdir(root)
+        if root != ROOT:
+            sys.path.insert(0, str(root))
+            for file in root.glob("*.py"):
+                sys.modules.pop(file.stem, None)
         os.environ.update({name: str(value) for name, value in environment.items()}, FAULT=fault or "-1:0:")
         huggingface_hub.constants.HF_HOME, huggingface_hub.constants.HF_HUB_OFFLINE = str(home), True
-        sys.argv = ["train_sft.py", *map(str, arguments)]
+        sys.argv = [name, *map(str, arguments)]
         if kill_at_event:
             sys.addaudithook(killer(*kill_at_event))
-        runpy.run_path(str(ROOT / "tests/train_with_fault.py"), run_name="__main__")
+        runpy.run_path(str(root / name), run_name="__main__")
     except SystemExit as ended:
         code = ended.code
     finally:

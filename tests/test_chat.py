@@ -46,9 +46,8 @@ def test_ctrl_c_ends_an_answer_and_the_chat_continues(memorized, monkeypatch, ca
     assert talk.messages[-1]["content"] == "In Peru." and "In Norway.\n" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_a_conversation_that_cannot_be_answered_is_one_line(memorized):
-    output, error = script("chat.py", memorized, said="word " * 300 + "\nWho are you?\n/exit\n")
+    output, error = call(chat.main, memorized, said="word " * 300 + "\nWho are you?\n/exit\n")
     assert "error" in output and "256" in output and "A small model." in output and "Traceback" not in error
 
 

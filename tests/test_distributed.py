@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from running import ROOT, assert_same_run, metrics, run, run_as_user, state
+from running import HOME, ROOT, assert_same_run, metrics, run, run_as_user, state
 
 import checkpoint
 
@@ -27,21 +27,21 @@ def test_a_rank_that_fails_or_is_killed_ends_all_with_its_reason(tmp_path, two_e
     arguments, undisturbed = two_epochs
     out, began = tmp_path / "out", time.monotonic()
     arguments = [*arguments, f"output_dir={out}"]
-    output = run_as_user(out, *arguments, processes=2, expect=1, fault=fault)
+    output = run_as_user(*arguments, processes=2, expect=1, fault=fault)
     assert time.monotonic() - began < 60  # Of which the imports of a busy machine take most.
     errors = [line for line in output.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and errors[0].startswith(reason), output
     assert state(out)["state"] == "failed" and f"error: {state(out)['reason']}".startswith(reason)
     assert 1 <= checkpoint.step_of(checkpoint.newest_complete(out)) <= 4
     if fault == "1:5:SIGKILL":  # and nothing is lost
-        run(out, *arguments, processes=2)
+        run(*arguments, processes=2)
         assert metrics(out) == pytest.approx(metrics(undisturbed), rel=1e-5)
 
 
 def test_a_hang_ends_the_run_and_shows_where_each_rank_stands(tmp_path, two_epochs):
     arguments, _ = two_epochs
     out = tmp_path / "out"
-    output = run_as_user(out, *arguments, f"output_dir={out}", "cluster.hang_timeout=6", processes=2, expect=1,
+    output = run_as_user(*arguments, f"output_dir={out}", "cluster.hang_timeout=6", processes=2, expect=1,
                          fault="1:3:hang")  # fmt: skip
     assert re.search(r"^rank 1: no progress for 5.4 s, at .* in step_examples_with_fault", output, re.MULTILINE), output
     assert re.search(r"^rank 0: no progress for 5.4 s, at .*train_sft.py:\d+ in ", output, re.MULTILINE), output
@@ -52,7 +52,7 @@ def test_a_run_that_was_suspended_and_continued_finishes(tmp_path, two_epochs):
     arguments, undisturbed = two_epochs
     out = tmp_path / "out"
     command = [sys.executable, "tests/train_with_fault.py", *arguments, f"output_dir={out}", "cluster.hang_timeout=2"]
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "FAULT": "0:3:SIGSTOP", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "HF_HOME": str(HOME), "FAULT": "0:3:SIGSTOP", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
     time.sleep(5)
@@ -65,19 +65,20 @@ def test_a_run_that_was_suspended_and_continued_finishes(tmp_path, two_epochs):
 def test_a_signal_to_any_rank_saves_the_step_of_all_and_exits_with_0(tmp_path, two_epochs):
     arguments, _ = two_epochs
     out, other = tmp_path / "out", tmp_path / "other"
-    run(other, *arguments, f"output_dir={other}", processes=2)
+    run(*arguments, f"output_dir={other}", processes=2)
     for step, fault in enumerate(["1:1:SIGUSR1", "0:1:SIGTERM", "1:1:SIGINT", "0:1:SIGHUP"], start=1):
-        output = run_as_user(out, *arguments, f"output_dir={out}", processes=2, fault=fault)
+        start = run_as_user if "SIGTERM" in fault else run
+        output = start(*arguments, f"output_dir={out}", processes=2, fault=fault)
         assert f"stopped after step {step} (" in output
         assert state(out)["state"] == "stopped" and state(out)["step"] == step
-    run(out, *arguments, f"output_dir={out}", processes=2)
+    run(*arguments, f"output_dir={out}", processes=2)
     assert_same_run(out, other)
 
 
 def test_ctrl_c_saves_and_stops_and_a_second_one_ends_at_once(tmp_path, two_epochs):
     arguments, _ = two_epochs
     out = tmp_path / "out"
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "HF_HOME": str(HOME), "OMP_NUM_THREADS": "1"}
 
     def started(*more, **environment_too):
         command = [sys.executable, "tests/train_with_fault.py", *arguments, "cluster.gpus_per_node=2", *more]

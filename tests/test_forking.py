@@ -1,15 +1,13 @@
 """docs/forking.md: each diff applies to the files as they are, is short, and does what it says."""
 
-import os
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
-from running import ROOT, metrics
+from running import HOME, ROOT, metrics, run, start_in_fork, wait_for
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
@@ -35,19 +33,13 @@ def fork(tmp_path, title, *overrides, replace=("", "")):
         for path in [*ROOT.glob("*.py"), ROOT / "configs"]:
             (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / "fork" / path.name)
         subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=tmp_path / "fork", check=True)
-    python, *arguments = shlex.split(command.replace(*replace))
+    python, name, *arguments = shlex.split(command.replace(*replace))
     arguments += [*FEW, *overrides, f"output_dir={tmp_path}/out"]
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=tmp_path / "fork",
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert python == "python" and done.returncode == 0, done.stdout + done.stderr
-    return tmp_path / "out", done.stdout
+    log = tmp_path / "log"
+    log.unlink(missing_ok=True)
+    code = wait_for(start_in_fork(arguments, HOME, log, name=name, root=tmp_path / "fork"))
+    assert python == "python" and code == 0, log.read_text()
+    return tmp_path / "out", log.read_text()
 
 
 def start_weights():
@@ -76,9 +68,7 @@ def test_distillation_learns_the_teachers_probabilities_and_the_text(tmp_path, m
     replace = ("results/quickstart/model", teacher)
     half = metrics(fork(tmp_path / "same", "Another loss: distillation", *same, replace=replace)[0], "val/loss")
     plain = tmp_path / "plain"
-    arguments = ["configs/quickstart.yaml", *FEW, *same, f"output_dir={plain}"]
-    subprocess.run([sys.executable, "train_sft.py", *arguments], cwd=ROOT,
-                   check=True, capture_output=True, env={**os.environ, "HF_HOME": str(tmp_path / "hf")})  # fmt: skip
+    run("configs/quickstart.yaml", *FEW, *same, f"output_dir={plain}")
     assert half[0] == pytest.approx(metrics(plain, "val/loss")[0] / 2, rel=1e-5)
 
 

@@ -17,7 +17,7 @@ FEW = ["configs/quickstart.yaml", "train.max_steps=8", "train.warmup_steps=0", "
 
 def train(folder, *arguments, gpus=1):
     said = run_as_user(
-        folder, *FEW, *arguments, f"output_dir={folder}", processes=gpus, CUDA_VISIBLE_DEVICES=",".join(GPUS[:gpus])
+        *FEW, *arguments, f"output_dir={folder}", processes=gpus, CUDA_VISIBLE_DEVICES=",".join(GPUS[:gpus])
     )
     assert f"over {gpus} rank(s) on cuda" in said
     return losses(folder)
@@ -31,7 +31,7 @@ def losses(folder):
 def wanted(tmp_path_factory):
     """The losses of a run on the CPU in float32."""
     folder = tmp_path_factory.mktemp("cpu") / "out"
-    run_as_user(folder, *FEW, f"output_dir={folder}")
+    run_as_user(*FEW, f"output_dir={folder}")
     return losses(folder)
 
 

@@ -44,7 +44,7 @@ def arguments(base):
 @pytest.fixture(scope="module")
 def trained(arguments, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora") / "run"
-    run(folder, *arguments, "model.lora.dropout=0.1", f"output_dir={folder}")
+    run(*arguments, "model.lora.dropout=0.1", f"output_dir={folder}")
     return folder
 
 
@@ -123,7 +123,7 @@ def test_a_merged_adapter_is_a_plain_model_with_equal_logits(trained, arguments,
     weights = {name: w * 2 for name, w in load_file(decoy / "adapter_model.safetensors").items()}
     save_file(weights, decoy / "adapter_model.safetensors")
     checkpoint.main([str(tmp_path / "above/run/model"), str(tmp_path / "of_model")])
-    run(tmp_path, *arguments, "model.lora.dropout=0.1", "model.lora.merge=true", f"output_dir={tmp_path}/run")
+    run(*arguments, "model.lora.dropout=0.1", "model.lora.merge=true", f"output_dir={tmp_path}/run")
     tokenizer = AutoTokenizer.from_pretrained(trained / "model")
     wanted = logits(open_saved(trained / "model", torch.float32), tokenizer)
     for folder in (tmp_path / "merged", tmp_path / "of_model", tmp_path / "run/model"):
@@ -136,8 +136,8 @@ def test_a_merged_adapter_is_a_plain_model_with_equal_logits(trained, arguments,
 
 def test_a_run_with_dropout_repeats_and_resumes_bitwise(trained, arguments, tmp_path):
     arguments = [*arguments, "model.lora.dropout=0.1", f"output_dir={tmp_path}/run"]
-    run(tmp_path, *arguments, "train.max_steps=2")
-    run(tmp_path, *arguments)
+    run(*arguments, "train.max_steps=2")
+    run(*arguments)
     a, b = (load_file(folder / "model/adapter_model.safetensors") for folder in (tmp_path / "run", trained))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in b)
     assert metrics(tmp_path / "run") == metrics(trained)
@@ -147,7 +147,7 @@ def test_a_run_with_dropout_repeats_and_resumes_bitwise(trained, arguments, tmp_
 @pytest.mark.parametrize("overrides", [["parallel.strategy=ddp"], ["parallel.strategy=fsdp"]])
 def test_the_losses_do_not_depend_on_the_number_of_ranks(arguments, tmp_path, overrides):
     for name, processes in (("one", 1), ("two", 2)):
-        run(tmp_path / name, *arguments, *overrides, f"output_dir={tmp_path}/{name}", processes=processes)
+        run(*arguments, *overrides, f"output_dir={tmp_path}/{name}", processes=processes)
     for name in ("train/loss", "train/grad_norm", "val/loss"):
         assert metrics(tmp_path / "two", name) == pytest.approx(metrics(tmp_path / "one", name), rel=1e-5)
     a, b = (load_file(tmp_path / name / "model/adapter_model.safetensors") for name in ("one", "two"))
@@ -155,10 +155,17 @@ def test_the_losses_do_not_depend_on_the_number_of_ranks(arguments, tmp_path, ov
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", [["parallel.strategy=ddp"], ["parallel.strategy=fsdp"], ["model.compile=true"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["parallel.strategy=ddp"],
+        ["parallel.strategy=fsdp"],
+        ["model.compile=true", "validation.every=null", "model.lora.targets=[q_proj]"],  # Less to compile.
+    ],
+)
 def test_the_base_may_be_bfloat16_and_the_adapter_is_float32(arguments, tmp_path, overrides):
     out = tmp_path / "out"
-    said = run(out, *arguments, "model.dtype=bfloat16", *overrides, f"output_dir={out}",
+    said = run(*arguments, "model.dtype=bfloat16", *overrides, f"output_dir={out}",
                processes=1 if "compile" in overrides[0] else 2)  # fmt: skip
     losses = metrics(out)
     assert losses[4] < losses[1], said

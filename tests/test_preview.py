@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from running import call, script
+from running import HOME, call, script
 from transformers import AutoTokenizer
 
 import config
@@ -17,15 +17,14 @@ QUICKSTART = ["configs/quickstart.yaml", "data.dataset=configs/quickstart/capita
 
 
 def run(tmp_path, *arguments, expect=0):
-    home = tmp_path.parent / "hf"
-    return call(preview.main, *arguments, f"output_dir={tmp_path / 'out'}", expect=expect, home=home)[0]
+    return call(preview.main, *arguments, f"output_dir={tmp_path / 'out'}", expect=expect, home=HOME)[0]
 
 
 @pytest.mark.slow
 def test_the_report_shows_what_is_trained_and_starts_nothing(tmp_path):
     page = tmp_path / "page.html"
     arguments = [*QUICKSTART, f"output_dir={tmp_path / 'out'}", "--samples", "2", "--ids", "--html", str(page)]
-    text, _ = script("preview.py", *arguments, HF_HOME=str(tmp_path.parent / "hf"))
+    text, _ = script("preview.py", *arguments, HF_HOME=str(HOME))
     trained = re.findall(r"⟦(.*?)⟧", text, re.S)
     assert trained[1:] and all(part.endswith("<|im_end|>") for part in trained if part != " ")
     assert not any("user" in part or "<|im_start|>" in part for part in trained)
@@ -91,7 +90,7 @@ def test_the_metrics_as_json_are_those_of_the_data(tmp_path):
 )
 def test_what_would_stop_the_run_is_a_problem_and_exit_code_1(tmp_path, arguments, named):
     arguments = [*QUICKSTART, f"output_dir={tmp_path / 'out'}", *arguments, "--json"]
-    report = json.loads(call(preview.main, *arguments, expect=1, home=tmp_path.parent / "hf")[0])
+    report = json.loads(call(preview.main, *arguments, expect=1, home=HOME)[0])
     assert any(named in text for text in report["problems"])
 
 

@@ -28,7 +28,7 @@ FEW = ["train.max_steps=4", "validation.every=2", "validation.exact_match=0", "v
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("runs") / "single"
-    run_as_user(output_dir, "configs/quickstart.yaml", f"output_dir={output_dir}", *FEW)
+    run_as_user("configs/quickstart.yaml", f"output_dir={output_dir}", *FEW)
     return output_dir
 
 
@@ -47,7 +47,7 @@ def single(tmp_path_factory):
 )
 def test_losses_and_parameters_do_not_depend_on_the_machine(tmp_path, single, processes, overrides):
     out, start = tmp_path / "out", run_as_user if overrides == ["parallel.strategy=fsdp"] else run
-    start(out, "configs/quickstart.yaml", f"output_dir={out}", *FEW, *overrides, processes=processes)
+    start("configs/quickstart.yaml", f"output_dir={out}", *FEW, *overrides, processes=processes)
     for name in ("train/loss", "train/grad_norm", "val/loss"):
         assert metrics(out, name) == pytest.approx(metrics(single, name), rel=1e-5)
     torch.manual_seed(42)
@@ -71,9 +71,9 @@ def test_the_saved_model_has_the_stop_token_and_template_of_training(single):
 
 
 def test_a_finished_run_is_left_alone_and_another_is_not_overwritten(tmp_path, single):
-    said = run(tmp_path, "configs/quickstart.yaml", f"output_dir={single}", *FEW)
+    said = run("configs/quickstart.yaml", f"output_dir={single}", *FEW)
     assert "finished run" in said
-    said = run(tmp_path, "configs/quickstart.yaml", f"output_dir={single}", *FEW, "train.learning_rate=1", expect=1)
+    said = run("configs/quickstart.yaml", f"output_dir={single}", *FEW, "train.learning_rate=1", expect=1)
     assert "train.learning_rate" in said and "Traceback" not in said
 
 
@@ -90,7 +90,7 @@ def test_a_finished_run_is_left_alone_and_another_is_not_overwritten(tmp_path, s
 )
 def test_a_mistake_is_one_line_and_no_traceback(tmp_path, arguments, code, said):
     start = run_as_user if arguments[0] == "configs/none.yaml" else run
-    output = start(tmp_path, *arguments, f"output_dir={tmp_path / 'out'}", expect=code)
+    output = start(*arguments, f"output_dir={tmp_path / 'out'}", expect=code)
     assert said in output and "Traceback" not in output
     assert not (tmp_path / "out").exists()
 
@@ -116,7 +116,7 @@ def test_the_class_in_the_readme_trains(tmp_path):
     readme = (ROOT / "README.md").read_text()
     code = readme.split("<!-- my_data.py -->\n```python\n")[1].split("```")[0]
     (tmp_path / "my_data.py").write_text(code)
-    run(tmp_path, "configs/quickstart.yaml", *FEW, f"data.dataset={tmp_path / 'my_data.py'}:Sums",
+    run("configs/quickstart.yaml", *FEW, f"data.dataset={tmp_path / 'my_data.py'}:Sums",
         "data.args.largest=9", f"output_dir={tmp_path / 'out'}")  # fmt: skip
     assert len(metrics(tmp_path / "out")) == 4
 
@@ -125,7 +125,7 @@ def test_a_run_that_never_validates_needs_no_validation_split(tmp_path):
     (tmp_path / "chats.jsonl").write_text(
         40 * '{"messages": [{"role": "user", "content": "Paris?"}, {"role": "assistant", "content": "France."}]}\n'
     )
-    said = run(tmp_path, "configs/quickstart.yaml", *FEW, f"data.dataset={tmp_path}/chats.jsonl",
+    said = run("configs/quickstart.yaml", *FEW, f"data.dataset={tmp_path}/chats.jsonl",
                "data.args={validation: null}", "validation.every=null", f"output_dir={tmp_path}/out")  # fmt: skip
     assert "train: 40 conversations" in said and "validation:" not in said
     assert len(metrics(tmp_path / "out")) == 4 and not metrics(tmp_path / "out", "val/loss")
@@ -142,13 +142,13 @@ def test_stopped_at_every_step_a_run_ends_with_the_same_parameters(tmp_path, two
     arguments = [*arguments, f"output_dir={out}"]
     for step in range(1, 6):
         if step == 3:
-            run(out, *arguments, "checkpoint.must_save_by=00:00:00:00")
+            run(*arguments, "checkpoint.must_save_by=00:00:00:00")
         else:
-            run(out, *arguments, fault="0:1:STOP")
+            run(*arguments, fault="0:1:STOP")
         reason = "checkpoint.must_save_by = 00:00:00:00" if step == 3 else str(out / "STOP")
         assert state(out) == {"state": "stopped", "step": step, "reason": reason}
         assert not (out / "STOP").exists()
-    run(out, *arguments)
+    run(*arguments)
     assert state(out)["state"] == "finished"
     assert_same_run(out, undisturbed)
 
@@ -182,11 +182,11 @@ def test_a_run_resumes_on_other_ranks_and_strategies_with_equal_losses(tmp_path,
     arguments, undisturbed = two_epochs
     out = tmp_path / "out"
     arguments = [*arguments, f"output_dir={out}"]
-    run(out, *arguments, processes=2, fault="1:2:SIGUSR1")
-    run(out, *arguments, processes=1, fault="0:1:STOP")
-    run(out, *arguments, "parallel.strategy=fsdp", processes=4, fault="3:1:SIGTERM")
-    run(out, *arguments, "parallel.strategy=fsdp", "parallel.replicas=2", processes=4, fault="0:1:STOP")
-    run(out, *arguments, "train.max_tokens_per_micro_batch=100", processes=2)
+    run(*arguments, processes=2, fault="1:2:SIGUSR1")
+    run(*arguments, processes=1, fault="0:1:STOP")
+    run(*arguments, "parallel.strategy=fsdp", processes=4, fault="3:1:SIGTERM")
+    run(*arguments, "parallel.strategy=fsdp", "parallel.replicas=2", processes=4, fault="0:1:STOP")
+    run(*arguments, "train.max_tokens_per_micro_batch=100", processes=2)
     for name in ("train/loss", "train/grad_norm", "val/loss"):
         assert metrics(out, name) == pytest.approx(metrics(undisturbed, name), rel=1e-5)
 
@@ -195,9 +195,9 @@ def test_a_run_resumes_on_other_ranks_and_strategies_with_equal_losses(tmp_path,
 def test_three_ranks_that_are_stopped_end_with_the_same_parameters(tmp_path, two_epochs):
     arguments, _ = two_epochs
     undisturbed, out = tmp_path / "undisturbed", tmp_path / "out"
-    run(out, *arguments, f"output_dir={undisturbed}", processes=3)
-    run(out, *arguments, f"output_dir={out}", processes=3, fault="2:3:SIGTERM")
-    run(out, *arguments, f"output_dir={out}", processes=3)
+    run(*arguments, f"output_dir={undisturbed}", processes=3)
+    run(*arguments, f"output_dir={out}", processes=3, fault="2:3:SIGTERM")
+    run(*arguments, f"output_dir={out}", processes=3)
     assert_same_run(out, undisturbed)
 
 
@@ -209,11 +209,11 @@ def test_a_stop_file_of_this_launch_is_obeyed_and_a_stale_one_is_not(tmp_path, t
     out.mkdir()
     (out / "STOP").touch()
     os.utime(out / "STOP", (time.time() + 60, time.time() + 60))
-    run(out, *arguments)
+    run(*arguments)
     assert state(out)["state"] == "stopped" and state(out)["step"] == 1
     (out / "STOP").touch()
     os.utime(out / "STOP", (time.time() - 60, time.time() - 60))
-    run(out, *arguments)
+    run(*arguments)
     assert_same_run(out, undisturbed)
 
 
@@ -221,8 +221,8 @@ def test_an_end_before_the_newest_checkpoint_is_refused(tmp_path, two_epochs):
     arguments, _ = two_epochs
     out = tmp_path / "out"
     arguments = [*arguments, f"output_dir={out}"]
-    run(out, *arguments, fault="0:3:STOP")
-    assert "step_00000003 is past the end" in run(out, *arguments, "train.max_steps=2", expect=1)
+    run(*arguments, fault="0:3:STOP")
+    assert "step_00000003 is past the end" in run(*arguments, "train.max_steps=2", expect=1)
     assert not (out / "model").exists()
     assert state(out)["state"] == "stopped" and "max_steps: 2\n" not in (out / "config.yaml").read_text()
 
@@ -233,13 +233,13 @@ def test_resuming_on_other_conversations_is_refused(tmp_path, two_epochs):
     path = arguments[1].removeprefix("data.dataset=")
     shutil.copy(path, chats)
     arguments = [*arguments, f"data.dataset={chats}", f"output_dir={out}"]
-    run(out, *arguments, fault="0:2:STOP")
+    run(*arguments, fault="0:2:STOP")
     chats.write_text(chats.read_text().replace("Say", "Sing"))
-    said = run(out, *arguments, expect=1).splitlines()[-1]
+    said = run(*arguments, expect=1).splitlines()[-1]
     assert said.startswith("error: ") and "was trained on other data" in said
     assert [checkpoint.step_of(folder) for folder in checkpoint.find(out)] == [1, 2]
     chats.write_text(chats.read_text().replace("Sing", "Say"))
-    run(out, *arguments)
+    run(*arguments)
     assert_same_run(out, two_epochs[1])
 
 
@@ -256,7 +256,7 @@ def test_a_mixture_has_a_validation_loss_per_dataset_and_in_total(tmp_path):
     datasets = {"a": a % 1, "b": b % 1, "both": f"{a % 2}, {b % 0.5}"}
     for name, entries in datasets.items():
         arguments = ["configs/quickstart.yaml", f"output_dir={tmp_path}/{name}", *few, f"data.dataset=[{entries}]"]
-        run(tmp_path / name, *arguments, processes=2 if name == "both" else 1)
+        run(*arguments, processes=2 if name == "both" else 1)
     losses = {name: metrics(tmp_path / name, "val/loss")[0] for name in datasets}
     tokens = {name: metrics(tmp_path / name, "val/supervised_tokens")[0] for name in datasets}
     assert metrics(tmp_path / "both", "val/loss/short")[0] == pytest.approx(losses["a"], rel=1e-6)
@@ -270,7 +270,7 @@ def test_a_mixture_has_a_validation_loss_per_dataset_and_in_total(tmp_path):
 @pytest.mark.parametrize("recipe", ["chats", "tools"])
 def test_the_recipes_that_need_nothing_run_as_they_stand(tmp_path, recipe):
     few = ["train.max_steps=3", "validation.exact_match=4", "validation.max_examples=8", "validation.samples=1"]
-    run_as_user(tmp_path / "out", f"configs/{recipe}.yaml", f"output_dir={tmp_path}/out", *few, processes=2)
+    run(f"configs/{recipe}.yaml", f"output_dir={tmp_path}/out", *few, processes=2)
     losses = metrics(tmp_path / "out")
     assert losses[3] < losses[1] and len(metrics(tmp_path / "out", "val/exact_match")) == 2
 
@@ -289,22 +289,22 @@ def test_a_trained_tool_call_is_the_whole_call_and_its_end(tmp_path):
 def test_a_run_that_failed_before_its_first_step_leaves_the_folder_free(tmp_path):
     out = tmp_path / "out"
     arguments = ["configs/quickstart.yaml", f"output_dir={out}", *FEW, "tokenizer.name=configs/quickstart"]
-    assert "./nowhere" in run(out, *arguments, "model.name=./nowhere", expect=1)
+    assert "./nowhere" in run(*arguments, "model.name=./nowhere", expect=1)
     assert state(out)["state"] == "failed"
-    run(out, *arguments, "train.max_steps=2")
+    run(*arguments, "train.max_steps=2")
     assert [*metrics(out)] == [1, 2]
-    assert "train.learning_rate" in run(out, *arguments, "train.learning_rate=1", expect=1)
+    assert "train.learning_rate" in run(*arguments, "train.learning_rate=1", expect=1)
 
 
 def test_a_finished_run_whose_model_is_gone_writes_it_again(tmp_path, single):
     shutil.copytree(single, tmp_path / "out")
     shutil.rmtree(tmp_path / "out/model")
-    run(tmp_path, "configs/quickstart.yaml", f"output_dir={tmp_path}/out", *FEW)
+    run("configs/quickstart.yaml", f"output_dir={tmp_path}/out", *FEW)
     assert_same_run(tmp_path / "out", single)
 
 
 def test_an_adapter_is_no_model_to_train_on(tmp_path):
-    said = run(tmp_path, "configs/quickstart.yaml", f"output_dir={tmp_path}/out", *FEW, "model.from_scratch=false",
+    said = run("configs/quickstart.yaml", f"output_dir={tmp_path}/out", *FEW, "model.from_scratch=false",
                "model.name=tests/saved_by_peft/adapter", "tokenizer.name=configs/quickstart", expect=1)  # fmt: skip
     assert "python checkpoint.py tests/saved_by_peft/adapter" in said
 
@@ -313,7 +313,7 @@ def test_an_adapter_is_no_model_to_train_on(tmp_path):
 def test_a_model_of_few_positions_answers_within_them(tmp_path):
     shape = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 96, "vocab_size": 1024}
     GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=2, eos_token_id=2)).save_pretrained(tmp_path / "gpt2")
-    run(tmp_path / "out", "configs/quickstart.yaml", f"output_dir={tmp_path}/out", *FEW, "model.from_scratch=false",
+    run("configs/quickstart.yaml", f"output_dir={tmp_path}/out", *FEW, "model.from_scratch=false",
         f"model.name={tmp_path}/gpt2", "tokenizer.name=configs/quickstart", "data.max_seq_length=96",
         "validation.exact_match=100", "validation.max_examples=8", "train.max_steps=1")  # fmt: skip
     assert len(metrics(tmp_path / "out", "val/exact_match")) == 2
