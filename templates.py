@@ -103,14 +103,23 @@ class Chat:
         self.text = "".join(self.chunks(self.compiled.plain, self.messages, self.tools, False))
         rendered = tracing.joined(self.traced_chunks(self.traced, False))
         if rendered != self.text:
-            raise ValueError("the chat template does something that cannot be followed: " + ADVICE)
+            escapes = "&#34;" in self.text and "&#34;" not in rendered
+            what = "writes quotes as &#34;, as `safe` next to other text does" if escapes else "cannot be followed"
+            raise ValueError(f"the chat template does something that {what}: {ADVICE}")
+        # The messages that say something of their own, and within which message's loop.
+        said = {(tag.printer, tag.outer) for _, tag in rendered.runs if tag.source == tag.printer and not tag.is_label}
         self.segments, position = [], 0
         for length, tag in rendered.runs:
             if tag.source == tracing.UNTRACKED:
                 place = f"at character {position} ({self.text[position : position + 40]!r})"
                 raise ValueError(f"the chat template changes a text so that it cannot be followed, {place}: {ADVICE}")
-            segment = Segment(position, position + length, tag.source, tag.is_label, tag.message, tag.block)
-            self.segments.append(segment)
+            printer = tag.message
+            if printer in self.assistants and tag.outer not in (tracing.NONE, *self.assistants):
+                # A tool's result looks up the call that it answers, so that it prints what the call is said to print.
+                # But a template may group the messages, so that one says all that it has to say in another one's loop.
+                if (printer, printer) in said or (printer, tag.outer) not in said:
+                    printer = tag.outer
+            self.segments.append(Segment(position, position + length, tag.source, tag.is_label, printer, tag.block))
             position += length
 
     def try_chunks(self, messages: list[dict], add_generation_prompt: bool) -> list[str] | None:
@@ -143,6 +152,17 @@ class Chat:
             question = {"role": "user", "content": [{"type": "text", "text": "x"}] if in_blocks else "x"}
             _, self.compiled.prompts[key] = self.generation_prompts([tracing.traced(question, tracing.Tag(0))])
         return self.compiled.prompts[key]
+
+    @functools.cached_property
+    def closes_answers(self) -> bool:
+        """Whether a plain answer prints a text behind its content, which then ends the turn; True where unknown."""
+        answer = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
+        chunks = self.try_chunks([tracing.traced(message, tracing.Tag(i)) for i, message in enumerate(answer)], False)
+        text, closing, position = tracing.joined(chunks or []), "x", 0
+        for length, tag in text.runs:
+            closing = "" if tag.source == 1 else closing + text[position : position + length] * (tag.message == 1)
+            position += length
+        return bool(closing.strip())
 
     def refuse(self, i: int, what: str, place: int):
         raise ValueError(f"messages[{i}]: {what}, at character {place} ({self.text[place : place + 40]!r}): {ADVICE}")
@@ -196,26 +216,24 @@ def turn_start(chat: Chat, i: int, first: int) -> int:
     """Where the generation prompt ends in the turn of message i, whose first segment has the index `first`.
 
     It is looked for in the header: what the message prints before its content. The first rule that holds decides."""
-    start = end = chat.segments[first].start
-    for segment in chat.segments[first:]:
-        if segment.printer != i or (segment.source == i and not segment.is_label):
-            break
-        end = segment.end
-    header = chat.text[start:end]
-    # 1. The header begins with the prompt that follows a question, or else these messages. With ChatML both are
-    #    "<|im_start|>assistant\n".
+    own = list(itertools.takewhile(lambda segment: segment.printer == i, chat.segments[first:]))
+    header = list(itertools.takewhile(lambda segment: segment.source != i or segment.is_label, own))
+    start, end = own[0].start, own[-1].end
+    header = chat.text[start : header[-1].end] if header else ""
+    # 1. The header begins with the prompt that follows a question, or the message with the prompt that follows the
+    #    messages before. With ChatML both are "<|im_start|>assistant\n". Content may begin as a prompt ends: "<think>\n".
     default = chat.default_prompts
-    if prompt := next(filter(header.startswith, default or []), ""):
-        return start + len(prompt)
+    if length := prompt_len(header, default):
+        return start + length
     full_prompt, here = chat.generation_prompts(chat.traced[:i])
-    if prompt := next(filter(header.startswith, here or []), ""):
-        return start + len(prompt)
+    if length := prompt_len(chat.text[start:end], here):
+        return start + length
     # 2. The prompt stands further on, behind BOS or a default system message. With Llama 3, where the assistant speaks
     #    first: "<|begin_of_text|><|start_header_id|>assistant<|end_header_id|>\n\n".
-    for prompt in [*(default or []), *(here or [])]:
+    for prompt in map(str.lstrip, [*(default or []), *(here or [])]):
         if header.count(prompt) == 1 and re.search(r"\w", prompt):
             return start + header.index(prompt) + len(prompt)
-    # 3. All that inference feeds for an answer to the messages before ends here, or in the header. The SQuAD template
+    # 3. All that inference feeds for an answer to the messages before ends here, or in the message. The SQuAD template
     #    prints "Answer:" with the question already, and adds nothing on request.
     if full_prompt and chat.text.startswith(full_prompt) and start <= len(full_prompt) <= end:
         return len(full_prompt)
@@ -234,20 +252,40 @@ def turn_start(chat: Chat, i: int, first: int) -> int:
     chat.refuse(i, f"the header cannot be separated from what follows (the generation prompt is {prompt!r})", start)
 
 
+def prompt_len(text: str, prompts: list[str] | None) -> int:
+    """How many characters at the start of a text are one of the prompts; 0: none is there.
+
+    White space that a prompt begins with may have been printed by the message before, or in the prompt only."""
+    lead = len(text) - len(text.lstrip())
+    for prompt in prompts or []:
+        if text.startswith(prompt):
+            return len(prompt)
+        if prompt.strip() and text.startswith(prompt.lstrip(), lead):
+            return lead + len(prompt.lstrip())
+    return 0
+
+
 def partial_prompt_len(prompt: str, header: str, role_before: str | None) -> int | None:
     """How many characters of the header are a part of the prompt; None: it cannot be known.
 
     The rest of the prompt has to be markup, such as "<think>", or to begin on a line of its own, so that the header is
-    that of the same role. A message that continues a turn (after a tool's answer) may have no words for a header."""
-    pieces = re.findall(r"<[^<>\s]*>|\[[^\[\]\s]*\]|\w+|\s|.", prompt)
-    kept = ""
+    that of the same role; or the part has to name a role and end with markup, as before the name of another channel:
+    "<|start|>assistant<|channel|>". A message that continues a turn (after a tool's answer) may have no words for a
+    header."""
+    pieces = re.findall(r"<[^<>\s]*>|\[[^\[\]\s]*\]|\w+|\s|.", prompt.lstrip())
+    kept = header[: len(header) - len(header.lstrip())]
     while pieces and header.startswith(kept + pieces[0]):
         kept += pieces.pop(0)
     rest = "".join(pieces).strip()
     if kept.strip():
-        return len(kept) if not rest or rest[0] in "<[" or kept.endswith("\n") else None
-    has_words = re.search(r"\w", re.sub(r"<[^<>]*>", "", header))
-    return 0 if role_before in ("assistant", "tool", "function") and not has_words else None
+        same_role = not rest or rest[0] in "<[" or kept.endswith("\n") or (kept[-1] in ">]" and has_words(kept))
+        return len(kept) if same_role else None
+    return 0 if role_before in ("assistant", "tool", "function") and not has_words(header) else None
+
+
+def has_words(text: str) -> bool:
+    """Whether there are words other than those in markup."""
+    return re.search(r"\w", re.sub(r"<[^<>]*>", "", text)) is not None
 
 
 def turn_end(chat: Chat, i: int, own: list[int], start: int) -> int:
@@ -257,10 +295,12 @@ def turn_end(chat: Chat, i: int, own: list[int], start: int) -> int:
     value_end = next((segments[k].end for k in reversed(own) if segments[k].source != tracing.LITERAL), start)
     closing = chat.text[max(start, value_end) : end]
     # 1. The message prints an end-of-turn text after its values. White space behind that only separates turns: of
-    #    "<|im_end|>\n" the line break is not trained.
+    #    "<|im_end|>\n" the line break is not trained. After a call it may be only the end of the call, "]".
+    after, behind = "", end
     if closing.strip():
-        return end - len(closing) + len(closing.rstrip())
-    after = ""
+        end -= len(closing) - len(closing.rstrip())
+        if not chat.messages[i].get("tool_calls") or chat.closes_answers:
+            return end
     for segment in segments[last + 1 :]:
         if segment.source != tracing.LITERAL:
             break
@@ -270,14 +310,14 @@ def turn_end(chat: Chat, i: int, own: list[int], start: int) -> int:
     # 2. The text behind the turn is EOS, printed together with the next message: "Hi", then "</s>USER: ...".
     eos = chat.variables.get("eos_token")
     if eos and after.lstrip().startswith(eos):
-        return end + after.index(eos) + len(eos)
+        return behind + after.index(eos) + len(eos)
     # 3. The text behind it closes every conversation: "Hi", then "<|endofchat|>" after the loop over the messages. It
     #    is no generation prompt, which some templates print in every case.
     if after.strip():
         suffix = untagged_suffix(tracing.joined(chat.traced_chunks(chat.traced[: i + 1], False)))
         is_prompt = any(suffix.endswith(prompt) for prompt in chat.default_prompts or [])
         if suffix.strip() and after.startswith(suffix) and not is_prompt:
-            return end + len(suffix.rstrip())
+            return behind + len(suffix.rstrip())
     # 4. Nothing ends the turn ("Hi", then "USER: ..."), and `encode` adds EOS.
     return end
 

@@ -33,6 +33,7 @@ class Tag(NamedTuple):
     printer: int = NONE  # the message that the template was processing when it printed this
     hint: int = NONE  # the message being processed when the text was put together, in case no message prints it
     block: int = 0  # the {% generation %} block around it, counted from 1; 0: none
+    outer: int = NONE  # the message of the outermost loop around it, if `printer` is one that is looked up in there
 
     @property
     def message(self) -> int:
@@ -226,27 +227,31 @@ def tags_in(value) -> set[Tag]:
 # ---- what the template prints, and for which message -----------------------------------------------------------------
 
 
-def current_message(candidates) -> int:
-    """The message that is being processed: the first that one of the values at hand belongs to; NONE.
+def messages_of(value) -> set[int]:
+    """The messages that a value belongs to. A list or dict that the template itself made belongs to those whose values
+    it holds."""
+    kind = type(value)
+    if kind is Dict or kind is List:
+        sources = (value.tag.source,)
+    elif kind is Traced:
+        sources = (tag.source for _, tag in value.runs)
+    elif isinstance(value, (dict, list, tuple)):
+        return set().union(*map(messages_of, value.values() if isinstance(value, dict) else value))
+    else:
+        return {value.source} if kind is Tag else set()  # a Tag comes from `single_message`
+    return {source for source in sources if source >= 0}
+
+
+def current_messages(candidates) -> list[int]:
+    """The messages that are being processed, innermost loop first: those that one of the values at hand belongs to.
 
     The values are those of the loop variables, of `messages[i]` and of the arguments of a macro."""
-    for value in candidates:
-        kind = type(value)
-        if kind is Dict or kind is List:
-            if value.tag.source >= 0:
-                return value.tag.source
-        elif kind is Traced:
-            sources = {tag.source for _, tag in value.runs}
-            if len(sources) == 1 and min(sources) >= 0:
-                return sources.pop()
-        elif kind is Tag:  # from `single_message`
-            return value.source
-    return NONE
+    return [messages.pop() for messages in map(messages_of, candidates) if len(messages) == 1]
 
 
 def single_message(_, *arguments) -> Tag | None:
     """The message that the arguments of a macro belong to, if it is only one."""
-    messages = {current_message([argument]) for argument in arguments} - {NONE}
+    messages = set(current_messages(arguments))
     return Tag(messages.pop()) if len(messages) == 1 else None
 
 
@@ -254,20 +259,21 @@ def tag_output(value, *candidates):
     """A printed value. The current message becomes the printer of what has none yet.
 
     The output of a macro, or of a {% set %} block, has one already: it was printed there first."""
-    value, message = as_text(value), current_message(candidates)
-    if message == NONE:  # as in {{ messages[0].content }}, before the loop
+    value, messages = as_text(value), current_messages(candidates)
+    if not messages:  # as in {{ messages[0].content }}, before the loop
         return with_hint(value, {tag.source for _, tag in runs_of(value) if tag.source >= 0})
-    return Traced(value, [(length, with_printer(tag, message)) for length, tag in runs_of(value)])
+    inner, outer = messages[0], messages[-1]
+    return Traced(value, [(length, with_printer(tag, inner, outer)) for length, tag in runs_of(value)])
 
 
 @functools.lru_cache(maxsize=4096)  # called for each run that is printed, mostly with arguments that it has had before
-def with_printer(tag: Tag, message: int) -> Tag:
-    return tag._replace(printer=message) if tag.printer == NONE else tag
+def with_printer(tag: Tag, inner: int, outer: int) -> Tag:
+    return tag._replace(printer=inner if tag.printer == NONE else tag.printer, outer=outer)
 
 
 def tag_stored(value, *candidates):
     """A value that {% set %} stores: it may be printed when no message is being processed, behind the loop."""
-    return with_hint(value, {current_message(candidates)} - {NONE}) if isinstance(value, str) else value
+    return with_hint(value, set(current_messages(candidates)[:1])) if isinstance(value, str) else value
 
 
 def with_hint(text: str, messages: set[int]) -> str:
@@ -282,7 +288,7 @@ class OutputTagger(NodeTransformer):
     """Rewrites the syntax tree of a template in place, so that all that it prints passes through `tag_output`.
 
     In a loop over messages `{{ message.content }}` becomes `{{ message.content | __tag_output(message) }}`. The
-    `candidates` that are passed down are the expressions for `current_message`, innermost first."""
+    `candidates` that are passed down are the expressions for `current_messages`, innermost first."""
 
     def visit_For(self, node, candidates):
         node.iter = self.visit(node.iter, candidates)
