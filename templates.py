@@ -63,6 +63,21 @@ def render_turns(chat_template, messages, tools=None, **variables) -> tuple[str,
     return chat.text, turns
 
 
+def fed_and_trained(chat_template, messages, tools=None, **variables) -> tuple[str, str]:
+    """How the text that inference feeds for the last answer ends, and the text before it when it was trained.
+
+    Only what differs: of "<|assistant|>\n<think>\n" and "<|assistant|>\n" it is "<think>\n" and "". Both are "" where
+    nothing does, or where the template refuses the messages before the answer."""
+    text, turns = render_turns(chat_template, messages, tools, **variables)
+    i, start, _ = turns[-1]
+    chat = Chat(chat_template, messages, tools, variables)
+    fed, prompts = chat.generation_prompts(chat.traced[:i])
+    if text[:start].endswith(prompts[0] if prompts else fed):
+        return "", ""
+    same = common_prefix_len(fed, text[:start])
+    return fed[same:], text[same:start]
+
+
 class Segment(NamedTuple):
     """The characters [start, end) of the rendered text, which have the same origin (see `tracing.Tag`)."""
 
@@ -160,8 +175,8 @@ class Chat:
         chunks = self.try_chunks([tracing.traced(message, tracing.Tag(i)) for i, message in enumerate(answer)], False)
         text, closing, position = tracing.joined(chunks or []), "x", 0
         for length, tag in text.runs:
-            closing = "" if tag.source == 1 else closing + text[position : position + length] * (tag.message == 1)
             position += length
+            closing = "" if tag.source == 1 else closing + text[position - length : position] * (tag.message == 1)
         return bool(closing.strip())
 
     def refuse(self, i: int, what: str, place: int):
@@ -217,22 +232,23 @@ def turn_start(chat: Chat, i: int, first: int) -> int:
 
     It is looked for in the header: what the message prints before its content. The first rule that holds decides."""
     own = list(itertools.takewhile(lambda segment: segment.printer == i, chat.segments[first:]))
-    header = list(itertools.takewhile(lambda segment: segment.source != i or segment.is_label, own))
     start, end = own[0].start, own[-1].end
-    header = chat.text[start : header[-1].end] if header else ""
-    # 1. The header begins with the prompt that follows a question, or the message with the prompt that follows the
-    #    messages before. With ChatML both are "<|im_start|>assistant\n". Content may begin as a prompt ends: "<think>\n".
+    content = next((segment.start for segment in own if segment.source == i and not segment.is_label), end)
+    text, header = chat.text[start:end], chat.text[start:content]
+    # 1. The header begins with the prompt that follows a question, or the message with the one that follows what stands
+    #    before it. With ChatML both are "<|im_start|>assistant\n". A content may begin as the prompt ends: "<think>\n".
     default = chat.default_prompts
-    if length := prompt_len(header, default):
-        return start + length
+    if prompt := next(filter(header.startswith, default or []), ""):
+        return start + len(prompt)
     full_prompt, here = chat.generation_prompts(chat.traced[:i])
-    if length := prompt_len(chat.text[start:end], here):
-        return start + length
+    if prompt := next(filter(text.startswith, here or []), ""):
+        return start + len(prompt)
     # 2. The prompt stands further on, behind BOS or a default system message. With Llama 3, where the assistant speaks
-    #    first: "<|begin_of_text|><|start_header_id|>assistant<|end_header_id|>\n\n".
-    for prompt in map(str.lstrip, [*(default or []), *(here or [])]):
-        if header.count(prompt) == 1 and re.search(r"\w", prompt):
-            return start + header.index(prompt) + len(prompt)
+    #    first: "<|begin_of_text|><|start_header_id|>assistant<|end_header_id|>\n\n". Or it begins with white space that
+    #    the message before has printed, or that is only printed on request: "\n[|assistant|]".
+    for prompt in map(str.lstrip, [*(here or []), *(default or [])]):
+        if re.search(r"\w", prompt) and (header.count(prompt) == 1 or text.lstrip().startswith(prompt)):
+            return start + text.index(prompt) + len(prompt)
     # 3. All that inference feeds for an answer to the messages before ends here, or in the message. The SQuAD template
     #    prints "Answer:" with the question already, and adds nothing on request.
     if full_prompt and chat.text.startswith(full_prompt) and start <= len(full_prompt) <= end:
@@ -252,19 +268,6 @@ def turn_start(chat: Chat, i: int, first: int) -> int:
     chat.refuse(i, f"the header cannot be separated from what follows (the generation prompt is {prompt!r})", start)
 
 
-def prompt_len(text: str, prompts: list[str] | None) -> int:
-    """How many characters at the start of a text are one of the prompts; 0: none is there.
-
-    White space that a prompt begins with may have been printed by the message before, or in the prompt only."""
-    lead = len(text) - len(text.lstrip())
-    for prompt in prompts or []:
-        if text.startswith(prompt):
-            return len(prompt)
-        if prompt.strip() and text.startswith(prompt.lstrip(), lead):
-            return lead + len(prompt.lstrip())
-    return 0
-
-
 def partial_prompt_len(prompt: str, header: str, role_before: str | None) -> int | None:
     """How many characters of the header are a part of the prompt; None: it cannot be known.
 
@@ -277,15 +280,11 @@ def partial_prompt_len(prompt: str, header: str, role_before: str | None) -> int
     while pieces and header.startswith(kept + pieces[0]):
         kept += pieces.pop(0)
     rest = "".join(pieces).strip()
+    has_words = re.search(r"\w", re.sub(r"<[^<>]*>", "", kept if kept.strip() else header))
     if kept.strip():
-        same_role = not rest or rest[0] in "<[" or kept.endswith("\n") or (kept[-1] in ">]" and has_words(kept))
-        return len(kept) if same_role else None
-    return 0 if role_before in ("assistant", "tool", "function") and not has_words(header) else None
-
-
-def has_words(text: str) -> bool:
-    """Whether there are words other than those in markup."""
-    return re.search(r"\w", re.sub(r"<[^<>]*>", "", text)) is not None
+        known = not rest or rest[0] in "<[" or kept[-1] == "\n" or (kept[-1] in ">]" and has_words)
+        return len(kept) if known else None
+    return 0 if role_before in ("assistant", "tool", "function") and not has_words else None
 
 
 def turn_end(chat: Chat, i: int, own: list[int], start: int) -> int:
@@ -296,17 +295,13 @@ def turn_end(chat: Chat, i: int, own: list[int], start: int) -> int:
     closing = chat.text[max(start, value_end) : end]
     # 1. The message prints an end-of-turn text after its values. White space behind that only separates turns: of
     #    "<|im_end|>\n" the line break is not trained. After a call it may be only the end of the call, "]".
-    after, behind = "", end
+    behind = end
     if closing.strip():
         end -= len(closing) - len(closing.rstrip())
         if not chat.messages[i].get("tool_calls") or chat.closes_answers:
             return end
-    for segment in segments[last + 1 :]:
-        if segment.source != tracing.LITERAL:
-            break
-        after += chat.text[segment.start : segment.end]
-        if segment.printer != segments[last + 1].printer:
-            break
+    stop = next((segment.start for segment in segments[last + 1 :] if segment.source != tracing.LITERAL), None)
+    after = chat.text[behind:stop]
     # 2. The text behind the turn is EOS, printed together with the next message: "Hi", then "</s>USER: ...".
     eos = chat.variables.get("eos_token")
     if eos and after.lstrip().startswith(eos):
@@ -431,8 +426,13 @@ def with_bos(tokenizer, chat_template: str) -> str:
 
 
 def lacks_bos(tokenizer, text: str) -> bool:
-    adds_bos = tokenizer.bos_token_id is not None and tokenizer.init_kwargs.get("add_bos_token") is not False
-    return adds_bos and not text.startswith(tokenizer.bos_token)
+    return puts_bos(tokenizer) and not text.startswith(tokenizer.bos_token)
+
+
+@functools.lru_cache(maxsize=8)
+def puts_bos(tokenizer) -> bool:
+    """Whether the tokenizer puts BOS in front of a text."""
+    return tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]
 
 
 @functools.lru_cache(maxsize=8)
