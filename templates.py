@@ -5,6 +5,7 @@ How it works, with an example: docs/masks.md.
 
 import contextlib
 import functools
+import html
 import itertools
 import json
 import re
@@ -64,10 +65,8 @@ def render_turns(chat_template, messages, tools=None, **variables) -> tuple[str,
 
 
 def fed_and_trained(chat_template, messages, tools=None, **variables) -> tuple[str, str]:
-    """How the text that inference feeds for the last answer ends, and the text before it when it was trained.
-
-    Only what differs: of "<|assistant|>\n<think>\n" and "<|assistant|>\n" it is "<think>\n" and "". Both are "" where
-    nothing does, or where the template refuses the messages before the answer."""
+    """What inference feeds for the last answer, and what stood before it when it was trained, from where they differ:
+    "<think>\n" and "", if only the prompt has "<think>". ("", "") if the prompt stood there, or if it is unknown."""
     text, turns = render_turns(chat_template, messages, tools, **variables)
     i, start, _ = turns[-1]
     chat = Chat(chat_template, messages, tools, variables)
@@ -118,22 +117,21 @@ class Chat:
         self.text = "".join(self.chunks(self.compiled.plain, self.messages, self.tools, False))
         rendered = tracing.joined(self.traced_chunks(self.traced, False))
         if rendered != self.text:
-            escapes = "&#34;" in self.text and "&#34;" not in rendered
-            what = "writes quotes as &#34;, as `safe` next to other text does" if escapes else "cannot be followed"
-            raise ValueError(f"the chat template does something that {what}: {ADVICE}")
-        # The messages that say something of their own, and within which message's loop.
+            if html.unescape(rendered) == html.unescape(self.text):
+                raise ValueError("the chat template itself writes escaped quotes (&#34;): remove `safe` from it")
+            raise ValueError("the chat template does something that cannot be followed: " + ADVICE)
+        # Which message says something of its own, and in the loop of which message.
         said = {(tag.printer, tag.outer) for _, tag in rendered.runs if tag.source == tag.printer and not tag.is_label}
         self.segments, position = [], 0
         for length, tag in rendered.runs:
             if tag.source == tracing.UNTRACKED:
-                place = f"at character {position} ({self.text[position : position + 40]!r})"
-                raise ValueError(f"the chat template changes a text so that it cannot be followed, {place}: {ADVICE}")
+                self.refuse(None, "the chat template changes a text so that it cannot be followed", position)
             printer = tag.message
-            if printer in self.assistants and tag.outer not in (tracing.NONE, *self.assistants):
-                # A tool's result looks up the call that it answers, so that it prints what the call is said to print.
-                # But a template may group the messages, so that one says all that it has to say in another one's loop.
-                if (printer, printer) in said or (printer, tag.outer) not in said:
-                    printer = tag.outer
+            # A tool's result may look up the name of its call: that is printed by the tool, not by the assistant. But
+            # a template may group the messages, and print all that an assistant says in the loop of another message.
+            inside = printer in self.assistants and tag.outer not in (tracing.NONE, *self.assistants)
+            if inside and ((printer, printer) in said or (printer, tag.outer) not in said):
+                printer = tag.outer
             self.segments.append(Segment(position, position + length, tag.source, tag.is_label, printer, tag.block))
             position += length
 
@@ -168,19 +166,15 @@ class Chat:
             _, self.compiled.prompts[key] = self.generation_prompts([tracing.traced(question, tracing.Tag(0))])
         return self.compiled.prompts[key]
 
-    @functools.cached_property
-    def closes_answers(self) -> bool:
-        """Whether a plain answer prints a text behind its content, which then ends the turn; True where unknown."""
-        answer = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
-        chunks = self.try_chunks([tracing.traced(message, tracing.Tag(i)) for i, message in enumerate(answer)], False)
-        text, closing, position = tracing.joined(chunks or []), "x", 0
-        for length, tag in text.runs:
-            position += length
-            closing = "" if tag.source == 1 else closing + text[position - length : position] * (tag.message == 1)
-        return bool(closing.strip())
+    def closes_answer(self, i: int) -> bool:
+        """Whether a plain answer in place of message i prints a text behind its content; True where this is unknown."""
+        answer = tracing.traced({"role": "assistant", "content": "x.x"}, tracing.Tag(i))
+        text = tracing.joined(self.try_chunks([*self.traced[:i], answer], False) or [])
+        return not text[: len(text) - len(untagged_suffix(text))].rstrip().endswith("x.x")
 
-    def refuse(self, i: int, what: str, place: int):
-        raise ValueError(f"messages[{i}]: {what}, at character {place} ({self.text[place : place + 40]!r}): {ADVICE}")
+    def refuse(self, i: int | None, what: str, place: int):
+        row = "" if i is None else f"messages[{i}]: "
+        raise ValueError(f"{row}{what}, at character {place} ({self.text[place : place + 40]!r}): {ADVICE}")
 
 
 def normalize_message(message: dict) -> dict:
@@ -281,10 +275,10 @@ def partial_prompt_len(prompt: str, header: str, role_before: str | None) -> int
         kept += pieces.pop(0)
     rest = "".join(pieces).strip()
     has_words = re.search(r"\w", re.sub(r"<[^<>]*>", "", kept if kept.strip() else header))
-    if kept.strip():
-        known = not rest or rest[0] in "<[" or kept[-1] == "\n" or (kept[-1] in ">]" and has_words)
-        return len(kept) if known else None
-    return 0 if role_before in ("assistant", "tool", "function") and not has_words else None
+    if not kept.strip():
+        return 0 if role_before in ("assistant", "tool", "function") and not has_words else None
+    names_role = has_words or "assistant" in kept
+    return len(kept) if not rest or rest[0] in "<[" or kept[-1] == "\n" or (names_role and kept[-1] in ">]") else None
 
 
 def turn_end(chat: Chat, i: int, own: list[int], start: int) -> int:
@@ -298,7 +292,7 @@ def turn_end(chat: Chat, i: int, own: list[int], start: int) -> int:
     behind = end
     if closing.strip():
         end -= len(closing) - len(closing.rstrip())
-        if not chat.messages[i].get("tool_calls") or chat.closes_answers:
+        if not chat.messages[i].get("tool_calls") or chat.closes_answer(i):
             return end
     stop = next((segment.start for segment in segments[last + 1 :] if segment.source != tracing.LITERAL), None)
     after = chat.text[behind:stop]
@@ -327,8 +321,7 @@ def tagged_spans(chat: Chat) -> list[tuple[int, int, int]]:
         if i == tracing.NONE and chat.assistants:  # an end of the turn that is printed behind the loop
             i = chat.assistants[-1]
         if i not in chat.assistants:
-            place = f"at character {segment.start} ({chat.text[segment.start : segment.start + 40]!r})"
-            raise ValueError(f"a {{% generation %}} block holds text that is not an assistant's, {place}")
+            chat.refuse(None, "a {% generation %} block holds text that is not an assistant's", segment.start)
         if segment.source not in (tracing.LITERAL, i):
             chat.refuse(i, "a {% generation %} block holds a text of another message", segment.start)
         if spans and spans[-1][0] == i and spans[-1][2] == segment.start and spans[-1][3] == segment.block:

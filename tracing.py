@@ -33,7 +33,7 @@ class Tag(NamedTuple):
     printer: int = NONE  # the message that the template was processing when it printed this
     hint: int = NONE  # the message being processed when the text was put together, in case no message prints it
     block: int = 0  # the {% generation %} block around it, counted from 1; 0: none
-    outer: int = NONE  # the message of the outermost loop around it, if `printer` is one that is looked up in there
+    outer: int = NONE  # the message of the outermost loop that it is printed in; `printer` is that of the innermost
 
     @property
     def message(self) -> int:
