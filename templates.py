@@ -117,7 +117,7 @@ class Chat:
         self.text = "".join(self.chunks(self.compiled.plain, self.messages, self.tools, False))
         rendered = tracing.joined(self.traced_chunks(self.traced, False))
         if rendered != self.text:
-            if html.unescape(rendered) == html.unescape(self.text):
+            if "&#34;" in self.text and html.unescape(rendered) == html.unescape(self.text):
                 raise ValueError("the chat template itself writes escaped quotes (&#34;): remove `safe` from it")
             raise ValueError("the chat template does something that cannot be followed: " + ADVICE)
         # Which message says something of its own, and in the loop of which message.

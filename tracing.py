@@ -118,8 +118,11 @@ class Traced(str):
 
 
 def runs_of(text: str) -> list:
-    """The runs of a string. A plain one is the template's own, or a variable such as `bos_token`."""
-    return text.runs if type(text) is Traced else [(len(text), PLAIN)] if text else []
+    """The runs of a string. A plain one is the template's own, or a variable such as `bos_token`; escaped text is of
+    another type."""
+    if type(text) is Traced:
+        return text.runs
+    return [(len(text), PLAIN if type(text) is str else Tag(UNTRACKED))] if text else []
 
 
 def as_traced(value) -> Traced:
