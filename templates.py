@@ -153,7 +153,7 @@ class Chat:
         same = common_prefix_len(with_prompt, without)
         added, replaced = "".join(with_prompt[same:]), "".join(without[same:])
         on_request = added if same else added[common_prefix_len(added, replaced) :]
-        found = {untagged_suffix(tracing.joined(with_prompt)), on_request} - {""}
+        found = {tracing.untagged_suffix(tracing.joined(with_prompt)), on_request} - {""}
         return full_prompt, sorted(found, key=len, reverse=True)
 
     @functools.cached_property
@@ -170,7 +170,7 @@ class Chat:
         """Whether a plain answer in place of message i prints a text behind its content; True where this is unknown."""
         answer = tracing.traced({"role": "assistant", "content": "x.x"}, tracing.Tag(i))
         text = tracing.joined(self.try_chunks([*self.traced[:i], answer], False) or [])
-        return not text[: len(text) - len(untagged_suffix(text))].rstrip().endswith("x.x")
+        return not text[: len(text) - len(tracing.untagged_suffix(text))].rstrip().endswith("x.x")
 
     def refuse(self, i: int | None, what: str, place: int):
         row = "" if i is None else f"messages[{i}]: "
@@ -186,12 +186,6 @@ def normalize_message(message: dict) -> dict:
 
 def common_prefix_len(a, b) -> int:
     return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def untagged_suffix(text: tracing.Traced) -> str:
-    """The end of a text, as far as no message printed it."""
-    runs = itertools.takewhile(lambda run: run[1].message == tracing.NONE, reversed(text.runs))
-    return "".join(text[len(text) - sum(length for length, _ in runs) :])
 
 
 # ---- trained spans ---------------------------------------------------------------------------------------------------
@@ -229,17 +223,15 @@ def turn_start(chat: Chat, i: int, first: int) -> int:
     start, end = own[0].start, own[-1].end
     content = next((segment.start for segment in own if segment.source == i and not segment.is_label), end)
     text, header = chat.text[start:end], chat.text[start:content]
-    # 1. The header begins with the prompt that follows a question, or the message with the one that follows what stands
-    #    before it. With ChatML both are "<|im_start|>assistant\n". A content may begin as the prompt ends: "<think>\n".
+    # 1. The header begins with the prompt that follows a question: with ChatML it is "<|im_start|>assistant\n".
     default = chat.default_prompts
     if prompt := next(filter(header.startswith, default or []), ""):
         return start + len(prompt)
     full_prompt, here = chat.generation_prompts(chat.traced[:i])
-    if prompt := next(filter(text.startswith, here or []), ""):
-        return start + len(prompt)
-    # 2. The prompt stands further on, behind BOS or a default system message. With Llama 3, where the assistant speaks
-    #    first: "<|begin_of_text|><|start_header_id|>assistant<|end_header_id|>\n\n". Or it begins with white space that
-    #    the message before has printed, or that is only printed on request: "\n[|assistant|]".
+    # 2. The message begins with the prompt that follows what stands before it: the content may begin as a prompt ends,
+    #    with "<think>\n". White space before the prompt may have been printed earlier, or be fed only. Or the prompt
+    #    stands further on in the header, behind BOS or a default system message. With Llama 3, where the assistant
+    #    speaks first: "<|begin_of_text|><|start_header_id|>assistant<|end_header_id|>\n\n".
     for prompt in map(str.lstrip, [*(here or []), *(default or [])]):
         if re.search(r"\w", prompt) and (header.count(prompt) == 1 or text.lstrip().startswith(prompt)):
             return start + text.index(prompt) + len(prompt)
@@ -303,7 +295,7 @@ def turn_end(chat: Chat, i: int, own: list[int], start: int) -> int:
     # 3. The text behind it closes every conversation: "Hi", then "<|endofchat|>" after the loop over the messages. It
     #    is no generation prompt, which some templates print in every case.
     if after.strip():
-        suffix = untagged_suffix(tracing.joined(chat.traced_chunks(chat.traced[: i + 1], False)))
+        suffix = tracing.untagged_suffix(tracing.joined(chat.traced_chunks(chat.traced[: i + 1], False)))
         is_prompt = any(suffix.endswith(prompt) for prompt in chat.default_prompts or [])
         if suffix.strip() and after.startswith(suffix) and not is_prompt:
             return behind + len(suffix.rstrip())

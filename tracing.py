@@ -139,6 +139,12 @@ def as_text(value) -> str:
     return value if isinstance(value, str) else approximate(str(value), value)
 
 
+def untagged_suffix(text: Traced) -> str:
+    """The end of a text, as far as no message printed it."""
+    runs = itertools.takewhile(lambda run: run[1].message == NONE, reversed(text.runs))
+    return "".join(text[len(text) - sum(length for length, _ in runs) :])
+
+
 def approximate(text: str, *origins) -> str:
     """A text that was made of `origins` in a way that is not followed: it gets one tag for all of it.
 

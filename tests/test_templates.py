@@ -202,6 +202,12 @@ def test_what_a_tools_result_looks_up_in_a_call_is_not_trained(result):
     assert trained_texts(macros + TOOL_OR_MESSAGE.replace("RESULT", result), CALLS) == texts
 
 
+def test_a_call_that_is_printed_only_in_its_result_is_not_trained():
+    result, no_calls = look_up("m.tool_call_id", "{{ c.function.name }}"), "{% for c in [] %}"
+    template = TOOL_OR_MESSAGE.replace("{% for c in m.tool_calls or [] %}", no_calls).replace("RESULT", result)
+    assert trained_texts(template, CALLS) == ["<end>", "A<end>", "B<end>"]
+
+
 def test_what_a_tools_result_says_for_the_assistant_is_refused():
     result = look_up("m.tool_call_id", "{{ c.function | tojson }}")
     with pytest.raises(ValueError, match=r"messages\[1\].*'\{\"name"):
