@@ -13,6 +13,7 @@ from transformers import TextStreamer
 
 from evaluate import generate, open_model, text_of
 from model import max_positions, take_device
+from templates import adapt
 
 
 def main():
@@ -77,7 +78,8 @@ class Chat:
         where the template refuses the conversation or the model cannot take one as long."""
         messages = [*self.messages, {"role": "user", "content": text}]
         try:
-            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            adapted = adapt(self.tokenizer, self.tokenizer.chat_template, messages)
+            ids = self.tokenizer.apply_chat_template(adapted, add_generation_prompt=True, return_dict=False)
         except Exception as error:  # A template may raise anything.
             raise ValueError(f"the chat template refuses this conversation: {error}") from None
         if len(ids) >= (longest := max_positions(self.model)):

@@ -29,7 +29,7 @@ FORMATS = {  # and the columns that a row of each has
     "sharegpt": {"conversations"},  # [{"from": "human", "value": "..."}, ...]
 }
 NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")
-PASSED_ON = ("tools", "answers", "id", *NOT_TEXT)  # columns that a row of any format may have
+PASSED_ON = ("tools", "functions", "answers", "id", "weight", *NOT_TEXT)  # columns that a row of any format may have
 FILE_ROWS = datasets.Features({"place": datasets.Value("string"), "json": datasets.Value("binary")})
 SPEAKERS = {  # of ShareGPT, and the roles they are; others are called as their roles
     **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"},
@@ -396,20 +396,16 @@ def normalize(row) -> dict:
     row = row if isinstance(row, dict) else {"messages": row}
     if present := [name for name in NOT_TEXT if row.get(name)]:
         raise ValueError(f"has {present[0]!r}: only text is trained here; leave such rows out")
-    messages, tools, answers = (row.get(name) for name in ("messages", "tools", "answers"))
+    messages, answers, weight = (row.get(name) for name in ("messages", "answers", "weight"))
+    tools = row.get("tools") or row.get("functions")  # as OpenAI called them until 2023
     tools = json.loads(tools) if tools and isinstance(tools, str) else tools  # JSON text in some datasets
     check_objects(messages, "messages")
     check_objects(tools or [], "tools")
-    for i, message in enumerate(messages):
-        role, content, calls = (message.get(name) for name in ("role", "content", "tool_calls"))
-        if role not in ROLES:
-            raise ValueError(f"messages[{i}]: the role {role!r} is unknown; it must be one of {', '.join(ROLES)}")
-        check_objects(calls or [], f"messages[{i}]: tool_calls")
-        blocks = content if isinstance(content, list) else [{"type": "text", "text": content}]
-        check_objects(blocks, f"messages[{i}]: the content")
-        is_text = all(block.get("type") == "text" and isinstance(block.get("text"), str) for block in blocks)
-        if not is_text and not (content is None and (calls or message.get("reasoning_content"))):
-            raise ValueError(f"messages[{i}]: the content is {str(content)[:60]!r}, but only text is trained here")
+    tools, messages = [wrapped(tool) for tool in tools or []], [normalize_message(m, i) for i, m in enumerate(messages)]
+    if weight not in (None, 0, 1):
+        raise ValueError(f'"weight" is {weight!r}, not 0 or 1')
+    if weight == 0:
+        messages = [{**message, "train": False} for message in messages]
     if all(message["role"] != "assistant" for message in messages):
         raise ValueError("has no assistant turn, so there is nothing to train")
     # A UnicodeEncodeError, which is a ValueError, where a text was cut inside a character
@@ -417,6 +413,45 @@ def normalize(row) -> dict:
     listed = isinstance(answers, list) and all(isinstance(answer, str) for answer in answers)
     optional = {"tools": tools, "answers": answers if listed else None, "id": row.get("id")}
     return {"messages": messages, **{name: value for name, value in optional.items() if value not in (None, [], "")}}
+
+
+def normalize_message(message: dict, i: int) -> dict:
+    """Message i as OpenAI writes it today, with the arguments of calls as objects. None counts as absent."""
+    message = {name: value for name, value in message.items() if value is not None or name == "content"}
+    if "function_call" in message:  # until 2023, when tools had the role "function"
+        message["tool_calls"] = [*message.get("tool_calls", []), message.pop("function_call")]
+    role, calls, content = message.get("role"), message.pop("tool_calls", []), message.get("content")
+    if role not in ROLES:
+        raise ValueError(f"messages[{i}]: the role {role!r} is unknown; it must be one of {', '.join(ROLES)}")
+    message["role"] = "tool" if role == "function" else role
+    check_objects(calls, f"messages[{i}]: tool_calls")
+    if calls:
+        message["tool_calls"] = [normalize_call(call, f"messages[{i}]: tool_calls") for call in calls]
+    if content is None and (calls or any(map(message.get, ("reasoning_content", "reasoning", "thinking")))):
+        content = message["content"] = ""
+    blocks = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    check_objects(blocks, f"messages[{i}]: the content")
+    if not all(block.get("type") == "text" and isinstance(block.get("text"), str) for block in blocks):
+        raise ValueError(f"messages[{i}]: the content is {str(content)[:60]!r}, but only text is trained here")
+    return message
+
+
+def normalize_call(call: dict, name: str) -> dict:
+    function = wrapped(call)["function"]
+    arguments = function.get("arguments") or {}
+    with contextlib.suppress(json.JSONDecodeError):
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    if not isinstance(function.get("name"), str) or not isinstance(arguments, dict):
+        raise ValueError(f"{name}: {str(function)[:60]!r} is no function with a name and a JSON object of arguments")
+    return {**wrapped(call), "function": {**function, "arguments": arguments}}
+
+
+def wrapped(item: dict) -> dict:
+    """A tool, or the call of one, as {"type": "function", "function": {...}}."""
+    if "function" not in item:
+        function = {name: value for name, value in item.items() if name not in ("id", "type")}
+        item = {**{name: item[name] for name in item if name == "id"}, "type": "function", "function": function}
+    return item if "type" in item else {"type": "function", **item}
 
 
 def check_objects(value, name: str):

@@ -27,7 +27,7 @@ import distributed
 from attention import eval_mode
 from data import at_row, load_mixture, read_conversation, splits_of
 from model import is_sharded, max_positions, open_saved, parallelize, stop_ids_of, take_device
-from templates import IGNORE_INDEX, encode
+from templates import IGNORE_INDEX, SWITCHES, encode
 from tokens import choose_template
 
 MAX_ANSWER_TOKENS = 256  # A longer answer is cut here, so a reference that is longer counts as missed.
@@ -95,7 +95,7 @@ def eval_examples(entries, tokenizer, chat_template: str, stop_ids, max_examples
             conversation = read_conversation(rows, i, name)
             messages = conversation["messages"]
             last = max(n for n, message in enumerate(messages) if message["role"] == "assistant")
-            messages = [{**message, "train": None, "weight": None} for message in messages[: last + 1]]
+            messages = [{**message, **dict.fromkeys(SWITCHES)} for message in messages[: last + 1]]
             with at_row(rows, i, name):
                 ids, labels = encode(tokenizer, messages, conversation.get("tools"), chat_template, "last")
             if {*labels} != {IGNORE_INDEX}:

@@ -4,6 +4,7 @@ How it works, with an example: docs/masks.md.
 """
 
 import contextlib
+import copy
 import functools
 import html
 import itertools
@@ -20,6 +21,8 @@ from transformers.utils import chat_template_utils
 import tracing
 
 IGNORE_INDEX = -100
+SWITCHES = ("train", "weight", "loss", "training")  # keys by which a message is left out of the training
+FIX = 'set tokenizer.chat_template to another one, or "train": false in this message'
 ADVICE = "mark what to train in the template with {% generation %} ... {% endgeneration %}"
 
 
@@ -38,12 +41,12 @@ def render(chat_template: str, messages: list[dict], tools: list[dict] | None = 
 
     `variables` is what else the template reads: `bos_token`, `eos_token`, `enable_thinking`, ... A span begins where
     the generation prompt ends, and ends with the end-of-turn text. Raises ValueError where this cannot be known."""
-    text, turns = render_turns(chat_template, messages, tools, **variables)
-    return Rendered(text, [(start, end) for _, start, end in turns])
+    chat, turns = render_turns(chat_template, messages, tools, **variables)
+    return Rendered(chat.text, [(start, end) for _, start, end in turns])
 
 
-def render_turns(chat_template, messages, tools=None, **variables) -> tuple[str, list[tuple[int, int, int]]]:
-    """As `render`, but a span also has the index of its message: (i, start, end), in the order of the text.
+def render_turns(chat_template, messages, tools=None, **variables) -> tuple["Chat", list[tuple[int, int, int]]]:
+    """The rendered chat, and its spans with the index of their message: (i, start, end), in the order of the text.
 
     What an assistant message printed after the generation prompt is trained, if it is its own value or the template's.
     """
@@ -61,7 +64,7 @@ def render_turns(chat_template, messages, tools=None, **variables) -> tuple[str,
         between = [segment for segment in chat.segments if segment.start < next_start and segment.end > end]
         if not chat.text[end:next_start].strip() and all(segment.printer == i for segment in between):
             turns[k] = (i, start, next_start)
-    return chat.text, turns
+    return chat, turns
 
 
 def fed_and_trained(chat_template, messages, tools=None, **variables) -> tuple[str, str]:
@@ -179,7 +182,7 @@ class Chat:
 
 def normalize_message(message: dict) -> dict:
     """A message as `apply_chat_template` hands it to the template, which finds the reasoning under either name."""
-    message = {name: value for name, value in message.items() if name not in ("train", "weight")}
+    message = {name: value for name, value in message.items() if name not in SWITCHES}
     fields = [message[name] for name in ("reasoning_content", "thinking", "reasoning") if message.get(name) is not None]
     return {"thinking": fields[0], **message, "reasoning_content": fields[0]} if fields else message
 
@@ -357,14 +360,20 @@ def encode(tokenizer, messages, tools=None, chat_template=None, train_on="all") 
 
     The text is tokenized in pieces that begin where the assistant begins to speak, so that the ids before a turn are
     those that inference feeds for it. `chat_template`: Jinja text; None: the tokenizer's. `train_on`: "all" assistant
-    turns or the "last"; a message's own `"train": false` or `"weight": 0` always holds. Raises ValueError, as `render`.
-    """
+    turns or the "last"; a message's own `"train": false` (or another of `SWITCHES`) always holds. Raises ValueError, as
+    `render`, and where the text lacks what a trained message says."""
     chat_template = chat_template or tokenizer.chat_template
     if not isinstance(chat_template, str):
         raise ValueError("the tokenizer has no chat template (or several); set tokenizer.chat_template")
-    text, turns = render_turns(chat_template, messages, tools, **tokenizer.special_tokens_map)
+    messages = adapt(tokenizer, chat_template, messages)
+    chat, turns = render_turns(chat_template, messages, tools, **tokenizer.special_tokens_map)
     if not turns:
         raise ValueError("the chat template prints nothing of what the assistant says")
+    chosen = chat.assistants if train_on == "all" else chat.assistants[-1:]
+    chosen = [i for i in chosen if is_trained(messages[i], i)]
+    for i in chosen:
+        check_said(chat, i)
+    text = chat.text
     if lacks_bos(tokenizer, text):
         shift = len(tokenizer.bos_token)
         text, turns = tokenizer.bos_token + text, [(i, start + shift, end + shift) for i, start, end in turns]
@@ -372,7 +381,6 @@ def encode(tokenizer, messages, tools=None, chat_template=None, train_on="all") 
     pieces = [(token_ids(tokenizer, text[: turns[0][1]], at_start=True), False)]  # (ids, whether they are trained)
     next_starts = [start for _, start, _ in turns[1:]] + [len(text)]
     for (i, start, end), next_start in zip(turns, next_starts, strict=True):
-        trained = is_trained(messages[i], i) and (train_on == "all" or i == last)
         turn = token_ids(tokenizer, text[start:end], at_start=start == 0)
         # What follows the turn is tokenized together with it, as inference does, unless a token reaches over the end.
         after = token_ids(tokenizer, text[start:next_start], at_start=start == 0) if next_start > end else turn
@@ -386,7 +394,7 @@ def encode(tokenizer, messages, tools=None, chat_template=None, train_on="all") 
                 what = "the chat template ends the assistant's turn with no special token, and the tokenizer has no EOS"
                 raise ValueError(f"{what}: the model could never stop")
             turn = [*turn, tokenizer.eos_token_id]
-        pieces += [(turn, trained), (after, False)]
+        pieces += [(turn, i in chosen), (after, False)]
     input_ids, labels = [], []
     for ids, trained in pieces:
         input_ids += ids
@@ -395,10 +403,89 @@ def encode(tokenizer, messages, tools=None, chat_template=None, train_on="all") 
 
 
 def is_trained(message: dict, i: int) -> bool:
-    train, weight = message.get("train"), message.get("weight")
-    if not (train is None or isinstance(train, bool)) or weight not in (None, 0, 1):  # `0 in (None, False)` is true
-        raise ValueError(f'messages[{i}]: "train" must be true or false, and "weight" 0 or 1')
-    return train is not False and weight != 0
+    for name in SWITCHES:
+        value = message.get(name)
+        if value not in (None, 0, 1) or (name == "train" and not isinstance(value, (bool, type(None)))):
+            raise ValueError(f'messages[{i}]: "{name}" is {value!r}, not true or false ("weight": 1 or 0)')
+    return all(message.get(name) in (None, 1) for name in SWITCHES)
+
+
+def adapt(tokenizer, chat_template: str, messages: list[dict]) -> list[dict]:
+    """The messages as the template takes them: contents as text or in blocks, arguments as objects or as JSON text."""
+    adapted = [dict(message) for message in messages]
+    for message in adapted:
+        content, types = message.get("content"), accepted(tokenizer, chat_template, message.get("role"))
+        if isinstance(content, list) and list not in types:
+            message["content"] = "".join(block["text"] for block in content)
+        elif not isinstance(content, list):
+            message["content"] = as_blocks(content or "") if types == {list} else content or ""
+        if message.get("tool_calls") and accepted(tokenizer, chat_template, "tool_calls") == {str}:
+            message["tool_calls"] = copy.deepcopy(message["tool_calls"])
+            for function in [call.get("function", call) for call in message["tool_calls"]]:
+                if isinstance(function.get("arguments"), dict):
+                    function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+    return adapted
+
+
+def as_blocks(text: str) -> list[dict]:
+    return [{"type": "text", "text": text}]
+
+
+@functools.lru_cache(maxsize=256)
+def accepted(tokenizer, chat_template: str, part: str) -> set[type]:
+    """As what the template prints the content of a role (str, or list: blocks), or the arguments of "tool_calls" (dict,
+    or str: JSON text). Given another type, templates fail, print nothing, or print its `str`."""
+    found, calls = set(), part == "tool_calls"
+    for value in ({"text": "said"}, '{"text": "said"}') if calls else ("said", as_blocks("said")):
+        messages = [{"role": "user", "content": as_blocks("Hi") if isinstance(value, list) else "Hi"}]
+        messages.append({"role": part, "content": value})
+        if calls:
+            call = {"id": "a23456789", "type": "function", "function": {"name": "f", "arguments": value}}
+            messages[1] = {"role": "assistant", "content": "", "tool_calls": [call]}
+        messages = {"user": messages[1:], "system": messages[::-1]}.get(part, messages)
+        chat = Chat(chat_template, messages, None, tokenizer.special_tokens_map)
+        pattern = {list: "(?<!text.: .)said", dict: "(?<!text': ')said", str: re.escape(str(value))}[type(value)]
+        if re.search(pattern, "".join(chat.try_chunks(chat.messages, False) or [])):
+            found.add(type(value))
+    return found
+
+
+def check_said(chat: Chat, i: int):
+    """Raises ValueError if the text does not have what message i says. Two things may be missing, as templates leave
+    them out on purpose: reasoning, if something else is printed, and a part of the content."""
+    message, content = chat.messages[i], chat.messages[i]["content"]
+    calls = [call.get("function", call) for call in message.get("tool_calls") or []]
+    own = [(segment, chat.text[segment.start : segment.end]) for segment in chat.segments if segment.printer == i]
+    said = "".join(text if segment.source == i else "\0" for segment, text in own)
+    has_none = any("None" in text for segment, text in own if segment.source != i)
+    for value in walk(message):
+        is_object = isinstance(value, (dict, list)) and str(value) in said
+        if has_none if value is None else is_object and str(value) != json.dumps(value, ensure_ascii=False):
+            raise ValueError(f"messages[{i}]: the chat template prints {str(value)[:60]!r}, as Python writes it; {FIX}")
+    texts = [("tool_calls", value) for call in calls for value in walk([call.get("name"), call.get("arguments")])]
+    texts += [("content", block["text"]) for block in (as_blocks(content) if isinstance(content, str) else content)]
+    texts.append(("reasoning_content", message.get("reasoning_content")))
+    as_text = [call["arguments"] for call in calls if isinstance(call.get("arguments"), str)]
+    missing = {"tool_calls" for text in as_text if text not in said}
+    # A text may be a part of another: the longest is looked for first, and what is found counts once.
+    for part, text in sorted((each for each in texts if isinstance(each[1], str)), key=lambda each: -len(each[1])):
+        form = next((form for form in (text.strip(), json.dumps(text, ensure_ascii=False)[1:-1]) if form in said), None)
+        missing |= {part} if form is None else set()
+        said = said.replace(form or "", "\0", 1)
+    if calls or any(segment.source == i and not segment.is_label and text.strip() for segment, text in own):
+        missing.discard("reasoning_content")
+        if "content" in missing:  # If the text depends on it, a part is printed.
+            other = {**message, "content": "?" if isinstance(content, str) else as_blocks("?")}
+            chunks = chat.try_chunks([*chat.messages[:i], other, *chat.messages[i + 1 :]], False)
+            missing -= {"content"} if chunks is None or "".join(chunks) != chat.text else set()
+    if missing:
+        raise ValueError(f"messages[{i}]: the chat template leaves out {' and '.join(sorted(missing))}; {FIX}")
+
+
+def walk(value) -> list:
+    """A JSON value and all that is in it, the keys of objects too."""
+    items = itertools.chain(*value.items()) if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [value, *itertools.chain(*map(walk, items))]
 
 
 def with_bos(tokenizer, chat_template: str) -> str:

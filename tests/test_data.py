@@ -58,9 +58,10 @@ def test_rows_come_exactly_as_they_stand_in_the_file(tmp_path):
     values = [{"x": 3.141592653589793, "y": None, "z": [1, {"w": "é"}, []]}, {"x": 2**70, "s": "42", "t": "null"}, {}]
     rows = []
     for value in values:
-        call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": value}}]}
+        function = {"type": "function", "function": {"name": "f", "arguments": value}}
+        call = {"role": "assistant", "content": "", "tool_calls": [{"id": "c", **function}]}
         blocks = {"role": "user", "content": [{"type": "text", "text": "Go"}]}
-        rows.append({"messages": [blocks, call], "tools": [{"name": "f", "parameters": value}]})
+        rows.append({"messages": [blocks, call], "tools": [{"type": "function", "function": value}]})
     rows.append({"messages": [ASK, {**ANSWER, "content": "42"}], "other": "left alone"})
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     for path in (write(tmp_path / "rows.jsonl", *rows), tmp_path / "rows.json"):
@@ -170,7 +171,7 @@ def test_of_a_prompt_of_messages_nothing_is_trained(tmp_path):
     rows = [{"prompt": prompt, "completion": [ANSWER]}, {"prompt": [ASK, ANSWER, ASK], "completion": [ANSWER]}]
     for row in conversations(read(write(tmp_path / "rows.jsonl", rows[0], {**rows[1], "tools": '[{"name": "f"}]'}))):
         assert row["messages"] == [ASK, {**ANSWER, "train": False}, ASK, ANSWER]
-    assert row["tools"] == [{"name": "f"}]
+    assert row["tools"] == [{"type": "function", "function": {"name": "f"}}]
 
 
 @pytest.mark.parametrize(
@@ -275,6 +276,7 @@ def test_arrow_adds_nothing_to_the_tool_calls_of_a_class():
     rows[1]["messages"][1]["content"] = None
     table = datasets.Dataset.from_list(rows)
     assert "city" in table[1]["messages"][1]["tool_calls"][0]["function"]["arguments"]
+    rows[1]["messages"][1]["content"] = ""
     assert [row["messages"] for row in conversations(table)] == [row["messages"] for row in rows]
     rows[1] = called({"x": None})
     typed = datasets.Dataset.from_list(rows, features=datasets.Features({"messages": datasets.Json()}))
