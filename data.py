@@ -438,10 +438,10 @@ def normalize_message(message: dict, i: int) -> dict:
 
 def normalize_call(call: dict, name: str) -> dict:
     function = wrapped(call)["function"]
-    arguments = function.get("arguments") or {}
+    arguments = (function.get("arguments") or {}) if isinstance(function, dict) else None
     with contextlib.suppress(json.JSONDecodeError):
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    if not isinstance(function.get("name"), str) or not isinstance(arguments, dict):
+    if not isinstance(arguments, dict) or not isinstance(function.get("name"), str):
         raise ValueError(f"{name}: {str(function)[:60]!r} is no function with a name and a JSON object of arguments")
     return {**wrapped(call), "function": {**function, "arguments": arguments}}
 

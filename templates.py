@@ -456,7 +456,8 @@ def check_said(chat: Chat, i: int):
     message, content = chat.messages[i], chat.messages[i]["content"]
     calls = [call.get("function", call) for call in message.get("tool_calls") or []]
     own = [(segment, chat.text[segment.start : segment.end]) for segment in chat.segments if segment.printer == i]
-    said = "".join(text if segment.source == i else "\0" for segment, text in own)
+    says = [segment.source == i and text.lower() != message["role"] for segment, text in own]
+    said = "".join(text if is_said else "\0" for (_, text), is_said in zip(own, says, strict=True))
     has_none = any("None" in text for segment, text in own if segment.source != i)
     for value in walk(message):
         is_object = isinstance(value, (dict, list)) and str(value) in said
