@@ -423,3 +423,59 @@ def test_datasets_of_one_name_are_told_apart(tmp_path):
     entries = ", ".join(f"{{dataset: {tmp_path}/{name}.jsonl}}" for name in ("chats_2", "x/chats", "y/chats"))
     mixture = data.load_mixture(config.load(None, [f"data.dataset=[{entries}]"]))
     assert [entry.name for entry in mixture] == ["chats_2", "chats", "chats_3"]
+
+
+# ---- messages as OpenAI writes them today ----------------------------------------------------------------------------
+
+
+def test_older_and_shorter_forms_of_calls_and_tools_are_read_as_todays():
+    arguments = '{"z": 1.0, "a": {"b": null}, "n": [1e5, 2]}'
+    function, tool = {"name": "f", "arguments": json.loads(arguments)}, {"name": "f", "parameters": {}}
+    calls = [{"id": "1", "type": "function", "function": function}]
+    answer = {"role": "tool", "name": "f", "content": "4"}
+    expected = {
+        "messages": [ASK, {"role": "assistant", "content": "", "tool_calls": calls}, answer, ANSWER],
+        "tools": [{"type": "function", "function": tool}],
+    }
+    called = {"role": "assistant", "content": None}
+    given = {"name": "f", "arguments": arguments}
+    rows = [
+        {"messages": [ASK, {**called, "tool_calls": [{"id": "1", "function": given}]}, answer, ANSWER],
+         "tools": [tool]},
+        {"messages": [ASK, {**called, "tool_calls": [{"id": "1", **function}]}, answer, ANSWER],
+         "tools": json.dumps([{"type": "function", **tool}])},
+        {"messages": [ASK, {"role": "assistant", "function_call": given, "tool_calls": None},
+                      {**answer, "role": "function"}, {**ANSWER, "tool_calls": []}], "functions": [tool]},
+    ]  # fmt: skip
+    found = [data.normalize(row) for row in rows]
+    assert found[:2] == [expected] * 2
+    calls[0].pop("id")
+    assert found[2] == expected
+    assert list(found[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]) == ["z", "a", "n"]
+    assert rows[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] == arguments  # the row itself stays
+
+
+@pytest.mark.parametrize("tools", [None, [], "", "[]", "null"])
+def test_nothing_given_is_nothing(tools):
+    row = {"messages": [ASK, {**ANSWER, "tool_calls": None, "name": None}], "tools": tools}
+    assert data.normalize(row) == {"messages": [ASK, ANSWER]}
+    for arguments in ("", None, {}, "{}"):
+        call = {"name": "f", "arguments": arguments}
+        said = data.normalize({"messages": [ASK, {"role": "assistant", "tool_calls": [call]}]})["messages"][1]
+        assert said["tool_calls"][0]["function"] == {"name": "f", "arguments": {}} and said["content"] == ""
+
+
+@pytest.mark.parametrize("function", [*({"name": "f", "arguments": a} for a in ("{", "[1]", "null", [1], 5)), {}, 5])
+def test_a_call_without_a_name_or_an_object_of_arguments_is_refused(function):
+    row = {"messages": [ASK, {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}]}
+    with pytest.raises(ValueError, match=r"row 7: messages\[1\]: tool_calls"):
+        data.read_conversation([None] * 7 + [row], 7, "rows")
+
+
+def test_the_weight_of_a_row_is_that_of_each_message(tmp_path):
+    row = SAME["prompt_completion"][0]
+    path = write(tmp_path / "rows.jsonl", *({**row, "weight": weight} for weight in (0, 1, None, 0.5)))
+    trained = [data.read_conversation(read(path), i, "rows")["messages"][1].get("train") for i in range(3)]
+    assert trained == [False, None, None]
+    with pytest.raises(ValueError, match=':4: "weight" is 0.5'):
+        data.read_conversation(read(path), 3, "rows")

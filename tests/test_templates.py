@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
+import data
 import templates
 import tracing
 from data import OpenAssistant, Squad
@@ -370,3 +371,130 @@ def test_the_example_of_the_explanation_prints_what_it_shows(capsys):
     code, output = re.search(r"```python\n(.*?)```.*?```\n(.*?)```", page, re.DOTALL).groups()
     exec(code, {})
     assert capsys.readouterr().out == output
+
+
+# ---- a trained turn has what its message says ------------------------------------------------------------------------
+
+
+def chatml(body):
+    return CHATML.replace("+ m['content'] + '<|im_end|>' + '\\n' }}", "}}" + body + "<|im_end|>\n")
+
+
+CALLS = {  # small templates, and how each writes the call look_up(place="Oslo")
+    "as JSON": (
+        chatml(
+            "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }} {{ c.function.arguments | tojson }}"
+            "{% endfor %}"
+        ),
+        'look_up {"place": "Oslo"}',
+    ),
+    "by key": (
+        chatml(
+            "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% for k, v in "
+            "c.function.arguments.items() %} {{ k }}={{ v }}{% endfor %}{% endfor %}"
+        ),
+        "look_up place=Oslo",
+    ),
+    "from JSON text": (
+        chatml(
+            "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name + ' ' + c.function.arguments }}"
+            "{% endfor %}"
+        ),
+        'look_up {"place": "Oslo"}',
+    ),
+    "in blocks": (
+        chatml(
+            "{% for b in m.content %}{{ b.text }}{% endfor %}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}"
+            "{% endfor %}"
+        ),
+        '{"name": "look_up", "arguments": {"place": "Oslo"}}',
+    ),
+}
+QUESTION, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+
+
+def call_of(arguments):
+    return {"id": "1", "type": "function", "function": {"name": "look_up", "arguments": arguments}}
+
+
+def calling(*arguments, content=None, **others):
+    return {"role": "assistant", "content": content, "tool_calls": [*map(call_of, arguments)], **others}
+
+
+def trained_by_encode(chat_template, *messages, **options):
+    tokenizer = AutoTokenizer.from_pretrained("configs/quickstart")
+    messages = data.normalize({"messages": [*messages]})["messages"]
+    labels = templates.encode(tokenizer, messages, None, chat_template, **options).labels
+    return tokenizer.decode([token for token in labels if token >= 0])
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_and_an_answer_are_trained_as_the_template_writes_them(name):
+    template, text = CALLS[name]
+    blocks = [{"type": "text", "text": "4 "}, {"type": "text", "text": "degrees"}]
+    for arguments in ('{"place": "Oslo"}', {"place": "Oslo"}):
+        messages = [QUESTION, calling(arguments), {"role": "tool", "content": "4"}, {**ANSWER, "content": blocks}]
+        assert trained_by_encode(template, *messages) == f"{text}<|im_end|>4 degrees<|im_end|>"
+
+
+def test_each_role_gets_text_or_blocks_as_the_template_takes_them():
+    tokenizer = AutoTokenizer.from_pretrained("configs/quickstart")
+    loop = "{% for b in m.content %}{{ b.text }};{% endfor %}"
+    for_user = chatml("{% if m.role == 'user' %}" + loop + "{% else %}{{ m.content }}{% endif %}")
+    either = chatml("{% if m.content is string %}{{ m.content }}{% else %}" + loop + "{% endif %}")
+    blocks = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in CHAT[1:3]]
+    for template, of_text, of_blocks in (
+        (CHATML, ["One?", "First."], ["One?", "First."]), (chatml(loop), ["One?;", "First.;"], ["One?;", "First.;"]),
+        (for_user, ["One?;", "First."], ["One?;", "First."]), (either, ["One?", "First."], ["One?;", "First.;"]),
+    ):  # fmt: skip
+        for messages, expected in ((CHAT[1:3], of_text), (blocks, of_blocks)):
+            text = tokenizer.decode(templates.encode(tokenizer, messages, None, template).input_ids)
+            assert re.findall(r"\n(.*)<\|im_end", text) == expected
+
+
+@pytest.mark.parametrize(
+    "template, said, part",
+    [
+        (CHATML, calling({"place": "Oslo"}), "tool_calls"),
+        (CHATML, calling({"place": "Oslo"}, content="Let me see."), "tool_calls"),
+        (
+            CALLS["as JSON"][0].replace("m.tool_calls or []", "(m.tool_calls or [])[:1]"),
+            calling({"a": "x"}, {"a": "x"}),
+            "tool_calls",
+        ),
+        (
+            chatml("{{ m.content or m.tool_calls[0].function.name }}"),
+            calling({"a": 1}),
+            "tool_calls",
+        ),
+        (CALLS["as JSON"][0].replace("m.content", "''"), calling({"a": "Oslo"}, content="Oslo?"), "content"),
+        (chatml("{{ m.reasoning_content }}"), {**ANSWER, "thinking": "Hm"}, "content"),
+        (CHATML, {**ANSWER, "content": None, "reasoning": "Hm"}, "reasoning_content"),
+        (chatml("{{ m.content.split('</think>')[-1] }}"), {**ANSWER, "content": "<think>Hm</think>"}, "content"),
+        (chatml("{% if loop.last %}{{ m.content }}{% endif %}"), ANSWER, "content"),
+        (CALLS["by key"][0], calling({"a": None}), "None"),
+        (CALLS["by key"][0], calling({"a": ["x"]}), r"\['x'\]"),
+    ],
+)
+def test_a_message_of_which_the_template_leaves_out_a_part_is_refused(template, said, part):
+    with pytest.raises(ValueError, match=rf'messages\[1\]: .*{part}.*tokenizer.chat_template.*"train": false'):
+        trained_by_encode(template, QUESTION, said, QUESTION, ANSWER)
+    for off in ("train", "loss", "training"):
+        assert "A" in trained_by_encode(CHATML, QUESTION, {**said, off: False}, QUESTION, ANSWER)
+    assert "A" in trained_by_encode(CHATML, QUESTION, said, QUESTION, ANSWER, train_on="last")
+
+
+def test_reasoning_and_a_part_of_the_content_may_be_left_out():
+    assert trained_by_encode(CHATML, QUESTION, {**ANSWER, "reasoning_content": "Hm"}) == "A<|im_end|>"
+    for body in ("{{ m.content.split('</think>')[-1] }}", "{{ m.content[-2:] | upper | trim }}"):
+        assert trained_by_encode(chatml(body), QUESTION, {**ANSWER, "content": "<think>Hm</think> a"}) in (
+            " a<|im_end|>", "A<|im_end|>",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["weight", "loss", "training"])
+def test_every_key_that_switches_training_off_is_obeyed(name):
+    answers = [{**ANSWER, "content": "B", name: value} for value in (0, False, 1, True, None)]
+    assert trained_by_encode(CHATML, QUESTION, *answers) == "B<|im_end|>" * 3
+    with pytest.raises(ValueError, match=rf'messages\[1\]: "{name}"'):
+        trained_by_encode(CHATML, QUESTION, {**ANSWER, name: "no"})
