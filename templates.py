@@ -369,11 +369,10 @@ def encode(tokenizer, messages, tools=None, chat_template=None, train_on="all") 
     chat, turns = render_turns(chat_template, messages, tools, **tokenizer.special_tokens_map)
     if not turns:
         raise ValueError("the chat template prints nothing of what the assistant says")
-    chosen = chat.assistants if train_on == "all" else chat.assistants[-1:]
+    text, chosen = chat.text, chat.assistants if train_on == "all" else chat.assistants[-1:]
     chosen = [i for i in chosen if is_trained(messages[i], i)]
     for i in chosen:
         check_said(chat, i)
-    text = chat.text
     if lacks_bos(tokenizer, text):
         shift = len(tokenizer.bos_token)
         text, turns = tokenizer.bos_token + text, [(i, start + shift, end + shift) for i, start, end in turns]
@@ -435,14 +434,13 @@ def as_blocks(text: str) -> list[dict]:
 def accepted(tokenizer, chat_template: str, part: str) -> set[type]:
     """As what the template prints the content of a role (str, or list: blocks), or the arguments of "tool_calls" (dict,
     or str: JSON text). Given another type, templates fail, print nothing, or print its `str`."""
-    found, calls = set(), part == "tool_calls"
-    for value in ({"text": "said"}, '{"text": "said"}') if calls else ("said", as_blocks("said")):
-        messages = [{"role": "user", "content": as_blocks("Hi") if isinstance(value, list) else "Hi"}]
-        messages.append({"role": part, "content": value})
-        if calls:
-            call = {"id": "a23456789", "type": "function", "function": {"name": "f", "arguments": value}}
-            messages[1] = {"role": "assistant", "content": "", "tool_calls": [call]}
-        messages = {"user": messages[1:], "system": messages[::-1]}.get(part, messages)
+    found, values = set(), ({"text": "said"}, '{"text": "said"}')
+    for value in values if part == "tool_calls" else ("said", as_blocks("said")):
+        question = {"role": "user", "content": as_blocks("Hi") if isinstance(value, list) else "Hi"}
+        call = {"id": "a23456789", "type": "function", "function": {"name": "f", "arguments": value}}
+        calling = {"role": "assistant", "content": "", "tool_calls": [call]}
+        probed = calling if part == "tool_calls" else {"role": part, "content": value}
+        messages = {"user": [probed], "system": [probed, question]}.get(part, [question, probed])
         chat = Chat(chat_template, messages, None, tokenizer.special_tokens_map)
         pattern = {list: "(?<!text.: .)said", dict: "(?<!text': ')said", str: re.escape(str(value))}[type(value)]
         if re.search(pattern, "".join(chat.try_chunks(chat.messages, False) or [])):
@@ -455,10 +453,9 @@ def check_said(chat: Chat, i: int):
     them out on purpose: reasoning, if something else is printed, and a part of the content."""
     message, content = chat.messages[i], chat.messages[i]["content"]
     calls = [call.get("function", call) for call in message.get("tool_calls") or []]
-    own = [(segment, chat.text[segment.start : segment.end]) for segment in chat.segments if segment.printer == i]
-    says = [segment.source == i and text.lower() != message["role"] for segment, text in own]
-    said = "".join(text if is_said else "\0" for (_, text), is_said in zip(own, says, strict=True))
-    has_none = any("None" in text for segment, text in own if segment.source != i)
+    own = [(s, chat.text[s.start : s.end]) for s in chat.segments if s.printer == i]
+    said = "".join(text if s.source == i and text.lower() != message["role"] else "\0" for s, text in own)
+    has_none = any("None" in text for s, text in own if s.source != i)
     for value in walk(message):
         is_object = isinstance(value, (dict, list)) and str(value) in said
         if has_none if value is None else is_object and str(value) != json.dumps(value, ensure_ascii=False):
@@ -466,14 +463,13 @@ def check_said(chat: Chat, i: int):
     texts = [("tool_calls", value) for call in calls for value in walk([call.get("name"), call.get("arguments")])]
     texts += [("content", block["text"]) for block in (as_blocks(content) if isinstance(content, str) else content)]
     texts.append(("reasoning_content", message.get("reasoning_content")))
-    as_text = [call["arguments"] for call in calls if isinstance(call.get("arguments"), str)]
-    missing = {"tool_calls" for text in as_text if text not in said}
+    missing = {"tool_calls" for c in calls if isinstance(c.get("arguments"), str) and c["arguments"] not in said}
     # A text may be a part of another: the longest is looked for first, and what is found counts once.
     for part, text in sorted((each for each in texts if isinstance(each[1], str)), key=lambda each: -len(each[1])):
         form = next((form for form in (text.strip(), json.dumps(text, ensure_ascii=False)[1:-1]) if form in said), None)
         missing |= {part} if form is None else set()
         said = said.replace(form or "", "\0", 1)
-    if calls or any(segment.source == i and not segment.is_label and text.strip() for segment, text in own):
+    if calls or any(s.source == i and not s.is_label and text.strip() for s, text in own):
         missing.discard("reasoning_content")
         if "content" in missing:  # If the text depends on it, a part is printed.
             other = {**message, "content": "?" if isinstance(content, str) else as_blocks("?")}

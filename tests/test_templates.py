@@ -402,6 +402,13 @@ CALLS = {  # small templates, and how each writes the call look_up(place="Oslo")
         ),
         'look_up {"place": "Oslo"}',
     ),
+    "as it comes": (
+        chatml(
+            "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }} {{ c.function.arguments }}"
+            "{% endfor %}"
+        ),
+        'look_up {"place": "Oslo"}',
+    ),
     "in blocks": (
         chatml(
             "{% for b in m.content %}{{ b.text }}{% endfor %}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}"
@@ -444,7 +451,7 @@ def test_each_role_gets_text_or_blocks_as_the_template_takes_them():
     either = chatml("{% if m.content is string %}{{ m.content }}{% else %}" + loop + "{% endif %}")
     blocks = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in CHAT[1:3]]
     for template, of_text, of_blocks in (
-        (CHATML, ["One?", "First."], ["One?", "First."]), (chatml(loop), ["One?;", "First.;"], ["One?;", "First.;"]),
+        (chatml("{{ m.content }}"), ["One?", "First."], ["One?", "First."]), (chatml(loop), ["One?;", "First.;"], ["One?;", "First.;"]),
         (for_user, ["One?;", "First."], ["One?;", "First."]), (either, ["One?", "First."], ["One?;", "First.;"]),
     ):  # fmt: skip
         for messages, expected in ((CHAT[1:3], of_text), (blocks, of_blocks)):
@@ -498,3 +505,9 @@ def test_every_key_that_switches_training_off_is_obeyed(name):
     assert trained_by_encode(CHATML, QUESTION, *answers) == "B<|im_end|>" * 3
     with pytest.raises(ValueError, match=rf'messages\[1\]: "{name}"'):
         trained_by_encode(CHATML, QUESTION, {**ANSWER, name: "no"})
+
+
+def test_arguments_that_are_text_are_not_trained_escaped():
+    messages = [QUESTION, calling('{"place": "Oslo"}', content="")]
+    with pytest.raises(ValueError, match=r"messages\[1\]: .*tool_calls"):
+        templates.encode(AutoTokenizer.from_pretrained("configs/quickstart"), messages, None, CALLS["as JSON"][0])
