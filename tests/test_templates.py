@@ -451,7 +451,8 @@ def test_each_role_gets_text_or_blocks_as_the_template_takes_them():
     either = chatml("{% if m.content is string %}{{ m.content }}{% else %}" + loop + "{% endif %}")
     blocks = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in CHAT[1:3]]
     for template, of_text, of_blocks in (
-        (chatml("{{ m.content }}"), ["One?", "First."], ["One?", "First."]), (chatml(loop), ["One?;", "First.;"], ["One?;", "First.;"]),
+        (chatml("{{ m.content }}"), ["One?", "First."], ["One?", "First."]),
+        (chatml(loop), ["One?;", "First.;"], ["One?;", "First.;"]),
         (for_user, ["One?;", "First."], ["One?;", "First."]), (either, ["One?", "First."], ["One?;", "First.;"]),
     ):  # fmt: skip
         for messages, expected in ((CHAT[1:3], of_text), (blocks, of_blocks)):
