@@ -9,14 +9,13 @@ import functools
 import html
 import itertools
 import json
+import os
 import re
 from datetime import datetime
 from typing import NamedTuple
 
 import jinja2
-import jinja2.ext
 import tokenizers
-from transformers.utils import chat_template_utils
 
 import tracing
 
@@ -67,19 +66,6 @@ def render_turns(chat_template, messages, tools=None, **variables) -> tuple["Cha
     return chat, turns
 
 
-def fed_and_trained(chat_template, messages, tools=None, **variables) -> tuple[str, str]:
-    """What inference feeds for the last answer, and what stood before it when it was trained, from where they differ:
-    "<think>\n" and "", if only the prompt has "<think>". ("", "") if the prompt stood there, or if it is unknown."""
-    text, turns = render_turns(chat_template, messages, tools, **variables)
-    i, start, _ = turns[-1]
-    chat = Chat(chat_template, messages, tools, variables)
-    fed, prompts = chat.generation_prompts(chat.traced[:i])
-    if text[:start].endswith(prompts[0] if prompts else fed):
-        return "", ""
-    same = common_prefix_len(fed, text[:start])
-    return fed[same:], text[same:start]
-
-
 class Segment(NamedTuple):
     """The characters [start, end) of the rendered text, which have the same origin (see `tracing.Tag`)."""
 
@@ -95,7 +81,7 @@ class Chat:
     """A conversation with all that its template reads; after `render`, also its text and the segments of the text."""
 
     def __init__(self, chat_template: str, messages, tools, variables):
-        self.compiled, self.tools = compile_template(chat_template), tools
+        self.compiled, self.tools = tracing.compile_template(chat_template), tools
         self.messages = [normalize_message(message) for message in messages]
         self.variables = {"documents": None, **variables}
         self.traced = [tracing.traced(message, tracing.Tag(i)) for i, message in enumerate(self.messages)]
@@ -153,9 +139,9 @@ class Chat:
             return full_prompt, None
         # Either what is printed behind the messages, which is more where a template ends every text with something; or
         # what is printed only on request. A template that prints all at once is compared by characters.
-        same = common_prefix_len(with_prompt, without)
+        same = len(os.path.commonprefix([with_prompt, without]))
         added, replaced = "".join(with_prompt[same:]), "".join(without[same:])
-        on_request = added if same else added[common_prefix_len(added, replaced) :]
+        on_request = added if same else added[len(os.path.commonprefix([added, replaced])) :]
         found = {tracing.untagged_suffix(tracing.joined(with_prompt)), on_request} - {""}
         return full_prompt, sorted(found, key=len, reverse=True)
 
@@ -185,10 +171,6 @@ def normalize_message(message: dict) -> dict:
     message = {name: value for name, value in message.items() if name not in SWITCHES}
     fields = [message[name] for name in ("reasoning_content", "thinking", "reasoning") if message.get(name) is not None]
     return {"thinking": fields[0], **message, "reasoning_content": fields[0]} if fields else message
-
-
-def common_prefix_len(a, b) -> int:
-    return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 # ---- trained spans ---------------------------------------------------------------------------------------------------
@@ -253,7 +235,6 @@ def turn_start(chat: Chat, i: int, first: int) -> int:
         length = partial_prompt_len(prompt, header, chat.messages[i - 1].get("role") if i else None)
         if length is not None:
             return start + length
-    prompt = (here or default)[0]
     chat.refuse(i, f"the header cannot be separated from what follows (the generation prompt is {prompt!r})", start)
 
 
@@ -330,28 +311,6 @@ def tagged_spans(chat: Chat) -> list[tuple[int, int, int]]:
     return [tuple(span[:3]) for span in spans]
 
 
-class Compiled(NamedTuple):
-    plain: jinja2.Template
-    tracing: jinja2.Template
-    has_tags: bool
-    prompts: dict  # generation prompts that are known, see Chat.default_prompts
-
-
-@functools.lru_cache(maxsize=32)
-def compile_template(chat_template: str) -> Compiled:
-    """The template as transformers compiles it, and compiled so that its output is traced."""
-    extensions = [tracing.GenerationTag, jinja2.ext.loopcontrols]
-    environment = tracing.TracingEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    try:
-        # This function is private, but with it the text is by construction what `apply_chat_template` renders.
-        plain = chat_template_utils._compile_jinja_template(chat_template)
-        environment.globals.update(plain.environment.globals)  # `raise_exception`, a safe `namespace`, ...
-        traced = environment.from_string(chat_template)
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"the chat template is not valid Jinja, line {error.lineno}: {error.message}") from None
-    return Compiled(plain, traced, environment.has_generation_tags, {})
-
-
 # ---- tokens ----------------------------------------------------------------------------------------------------------
 
 
@@ -390,15 +349,11 @@ def encode(tokenizer, messages, tools=None, chat_template=None, train_on="all") 
         # The model stops at a special token. If the template ends the last turn without one, EOS is put there.
         if i == last and not (turn and turn[-1] in special_ids(tokenizer)) and after[:1] != [tokenizer.eos_token_id]:
             if tokenizer.eos_token_id is None:
-                what = "the chat template ends the assistant's turn with no special token, and the tokenizer has no EOS"
-                raise ValueError(f"{what}: the model could never stop")
+                raise ValueError("the chat template ends the turn with no special token, and the tokenizer has no EOS")
             turn = [*turn, tokenizer.eos_token_id]
         pieces += [(turn, i in chosen), (after, False)]
-    input_ids, labels = [], []
-    for ids, trained in pieces:
-        input_ids += ids
-        labels += ids if trained else [IGNORE_INDEX] * len(ids)
-    return Encoded(input_ids, labels)
+    labels = [label for ids, trained in pieces for label in (ids if trained else [IGNORE_INDEX] * len(ids))]
+    return Encoded([index for ids, _ in pieces for index in ids], labels)
 
 
 def is_trained(message: dict, i: int) -> bool:

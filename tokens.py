@@ -51,7 +51,7 @@ def choose_template(cfg, tokenizer, entries: list[data.MixtureEntry]) -> str:
         chat_template = requested or brought.pop() or tokenizer.chat_template
     if not isinstance(chat_template, str) or "{" not in chat_template:
         raise ValueError(f"chat template {str(chat_template)[:99]!r} is not Jinja text; see tokenizer.chat_template")
-    templates.compile_template(chat_template)
+    tracing.compile_template(chat_template)
     return templates.with_bos(tokenizer, chat_template)
 
 

@@ -16,10 +16,11 @@ from typing import NamedTuple
 
 import jinja2
 from jinja2 import nodes
-from jinja2.ext import Extension
+from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import FILTERS, make_attrgetter
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
+from transformers.utils import chat_template_utils
 
 NONE = -1  # in place of the index of a message
 LITERAL, TOOLS, UNTRACKED = -2, -3, -4  # sources that are not a message
@@ -446,3 +447,25 @@ OWN_FILTERS = {
     "__single_message": single_message,
     "__concat": lambda *values: joined(values),
 }
+
+
+class Compiled(NamedTuple):
+    plain: jinja2.Template
+    tracing: jinja2.Template
+    has_tags: bool
+    prompts: dict  # generation prompts that are known, see Chat.default_prompts
+
+
+@functools.lru_cache(maxsize=32)
+def compile_template(chat_template: str) -> Compiled:
+    """The template as transformers compiles it, and compiled so that its output is traced."""
+    extensions = [GenerationTag, loopcontrols]
+    environment = TracingEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    try:
+        # This function is private, but with it the text is by construction what `apply_chat_template` renders.
+        plain = chat_template_utils._compile_jinja_template(chat_template)
+        environment.globals.update(plain.environment.globals)  # `raise_exception`, a safe `namespace`, ...
+        following = environment.from_string(chat_template)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"the chat template is not valid Jinja, line {error.lineno}: {error.message}") from None
+    return Compiled(plain, following, environment.has_generation_tags, {})

@@ -1,10 +1,9 @@
 """Where the trained spans begin and end, for small templates that do what is rarely done."""
 
 import pytest
-from test_templates import CHAT, CHATML, trained_texts
+from test_templates import CHAT, trained_texts
 
 import templates
-from data import Squad
 
 
 def call(name, call_id, **arguments):
@@ -200,17 +199,3 @@ def test_a_turn_begins_where_the_prompt_names_another_channel(header, prompt, st
     else:
         with pytest.raises(ValueError, match=r"messages\[2\]"):
             templates.render(template, CHAT)
-
-
-@pytest.mark.parametrize(
-    "template, fed, trained",
-    [
-        (CHATML, "", ""),
-        (CHATML.replace("assistant\\n", "assistant\\n<think>\\n"), "<think>\n", ""),
-        (THINKING.replace("PROMPT", "'\\n[assistant]'"), "\n[assistant]", "[assistant]"),
-        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "", ""),
-        (Squad.custom_template, "", ""),
-    ],
-)
-def test_what_is_fed_for_an_answer_is_compared_with_what_was_trained(template, fed, trained):
-    assert templates.fed_and_trained(template, CHAT[:3]) == (fed, trained)
