@@ -44,7 +44,10 @@ class Model:
 @dataclass
 class Tokenizer:
     name: str | None = key(None, "null: the model's")
-    chat_template: str | None = key(None, "Jinja text or a .jinja file; null: the dataset's, else the tokenizer's")
+    chat_template: str | None = key(
+        None, "Jinja or a .jinja file; tokenizer: its own; null: the dataset's, else its own"
+    )
+    template_arguments: dict = key({}, "what the template reads besides, as {enable_thinking: false}")
 
 
 @dataclass

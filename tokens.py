@@ -51,6 +51,9 @@ def choose_template(cfg, tokenizer, entries: list[data.MixtureEntry]) -> str:
         chat_template = requested or brought.pop() or tokenizer.chat_template
     if not isinstance(chat_template, str) or "{" not in chat_template:
         raise ValueError(f"chat template {str(chat_template)[:99]!r} is not Jinja text; see tokenizer.chat_template")
+    for name, value in cfg.tokenizer.template_arguments.items():  # Saved with the template, as defaults of a server.
+        default = f"{{% if {name} is not defined %}}{{% set {name} = {value!r} %}}{{% endif %}}{{{{ '' }}}}"
+        chat_template = default + chat_template  # (What is printed keeps a line break behind it.)
     tracing.compile_template(chat_template)
     return templates.with_bos(tokenizer, chat_template)
 

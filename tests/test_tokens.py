@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 import config
 import data
 import packing
+import templates
 import tokens
 
 TOKENIZER = AutoTokenizer.from_pretrained("configs/quickstart")
@@ -198,3 +199,19 @@ def test_the_template_is_the_configurations_datasets_or_tokenizers(tmp_path):
             choose(requested, *brought)
     with pytest.raises(OSError, match="gone.jinja"):
         choose("gone.jinja", None)
+
+
+@pytest.mark.parametrize("value", [True, False, "x' }}", {"a": [None, 1.5]}])
+def test_template_arguments_hold_in_training_and_are_a_servers_defaults(value):
+    template = (
+        "\n{% macro think() %}{{ '' if enable_thinking else '<no>' }}{{ enable_thinking }}{% endmacro %}" + TEMPLATE
+    )
+    template = template.replace("message['content']", "(think() if message.role == 'user' else message['content'])")
+    cfg, messages = config.load(None, []), chat("One?", "First.")["messages"]
+    cfg.tokenizer.template_arguments, cfg.tokenizer.chat_template = {"enable_thinking": value}, template
+    chosen = tokens.choose_template(cfg, TOKENIZER, [])
+    assert templates.render(chosen, messages) == templates.render(template, messages, enable_thinking=value)
+    for other in (value, not value):
+        served = TOKENIZER.apply_chat_template(messages, chat_template=chosen, tokenize=False, enable_thinking=other)
+        assert served == templates.render(template, messages, enable_thinking=other).text
+    assert TOKENIZER.apply_chat_template(messages, chat_template=chosen, tokenize=False).count(str(value)) == 1
