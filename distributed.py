@@ -21,11 +21,6 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 # ---- ranks -----------------------------------------------------------------------------------------------------------
 
 
-def from_torchrun() -> bool:
-    """Whether torchrun has started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
 @functools.cache
 def store() -> dist.Store:
     """torchrun's key-value store, where ranks meet without the timeout of a collective."""
@@ -36,7 +31,7 @@ def store() -> dist.Store:
 
 def init_process_group(timeout: float):
     """Join the other ranks of the launch; a collective that takes longer than `timeout` seconds is an error."""
-    if not from_torchrun():
+    if not dist.is_torchelastic_launched():
         return
     store().set(f"process/{os.environ['RANK']}", f"{os.environ['GROUP_RANK']} {os.getpid()}")
     if int(os.environ["WORLD_SIZE"]) > 1:
@@ -119,7 +114,7 @@ def catch_stop_signals(record_reason) -> list[str]:
     def handler(number, _):
         if failing:
             return  # `fail` ends this process in a moment.
-        if from_torchrun() and store().check(["failed"]):
+        if dist.is_torchelastic_launched() and store().check(["failed"]):
             record_reason(json.loads(store().get("failed"))[1])
             os._exit(1)
         name = signal.Signals(number).name
@@ -168,13 +163,13 @@ def fail(error: Exception, record_reason):
     rank, reason, details = int(os.environ.get("RANK", 0)), " ".join(str(error).split()), ""
     if not isinstance(error, (ValueError, OSError, FloatingPointError)) or os.environ.get("SFT_TRACEBACK"):
         reason, details = f"rank {rank}: {type(error).__name__}: {reason}", "".join(traceback.format_exception(error))
-    if from_torchrun():
+    if dist.is_torchelastic_launched():
         if isinstance(error, RuntimeError) and dist.is_initialized():
             time.sleep(1)  # If this rank has lost another one, torchrun notices by now that it is gone.
             if killed := killed_ranks():
                 reason, details = f"rank {', '.join(map(str, killed))} was killed (out of memory?)", ""
         first_rank, reason = json.loads(store().compare_set("failed", "", json.dumps([rank, reason])))
-    if not from_torchrun() or first_rank == rank:
+    if not dist.is_torchelastic_launched() or first_rank == rank:
         get_error_handler().record_exception(error)
         print(f"{details}error: {reason}", file=sys.stderr, flush=True)
     record_reason(reason)

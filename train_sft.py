@@ -202,7 +202,7 @@ def train(
 
 def launch(cfg) -> tuple[int, int]:
     """(rank, local rank) as torchrun has set them. Without torchrun: launch several ranks if they are requested."""
-    if not distributed.from_torchrun():
+    if not dist.is_torchelastic_launched():
         if (cfg.cluster.num_nodes or 1) > 1:
             raise ValueError("cluster.num_nodes > 1 needs torchrun on each node; see slurm/README.md")
         if (cfg.cluster.gpus_per_node or 1) > 1:
@@ -252,7 +252,7 @@ def load_data(cfg, rank: int, local_rank: int) -> Data:
     if local_rank == 0:
         mixture = data.load_mixture(cfg)
         prepared = tokens.tokenize_splits(cfg, tokenizer, mixture)
-        if distributed.from_torchrun():
+        if dist.is_torchelastic_launched():
             distributed.store().set(key, json.dumps(prepared))
     else:
         prepared = json.loads(distributed.store().get(key))
