@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.attention.varlen
 import torch.nn.functional as F
+from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
@@ -63,9 +64,7 @@ def choose(requested: str, dtype: str, model_class, device: torch.device) -> str
     if fits and torch.cuda.is_available():  # preview.py runs without a GPU.
         fits = torch.cuda.get_device_capability(device) >= (8, 0)
     if requested == "varlen" and not fits:
-        raise ValueError(
-            "model.attention=varlen needs model.dtype=bfloat16 and a GPU of compute capability 8.0 or more"
-        )
+        raise ValueError("model.attention=varlen needs model.dtype=bfloat16 and a GPU of compute capability >= 8.0")
     if requested == "auto":
         requested = "varlen" if fits else "sdpa"
     return {"varlen": "per_document_varlen", "sdpa": "per_document", "eager": "eager"}[requested]
@@ -206,7 +205,7 @@ def gather_tokens_split_heads(query, key, value, tokens: int, group):
     result = []
     for x in (query, *(x.repeat_interleave(copies, dim=1) for x in (key, value))):
         x = x[0].unflatten(0, (cp_size, -1)).transpose(1, 2)  # (ranks, my tokens, heads of a rank, head_dim)
-        x = AllToAll.apply(x.flatten(0, 1), [x.shape[1]] * cp_size, slice_lengths(tokens, cp_size), group)
+        x = all_to_all_single_autograd(x.flatten(0, 1), slice_lengths(tokens, cp_size), [x.shape[1]] * cp_size, group)
         result.append(x.transpose(0, 1)[None])  # (1, heads of this rank, tokens, head_dim)
     return result
 
@@ -216,24 +215,9 @@ def gather_heads_split_tokens(output, group):
     cp_size = dist.get_world_size(group)
     lengths = slice_lengths(output.shape[1], cp_size)
     mine = lengths[dist.get_rank(group)]
-    output = AllToAll.apply(output[0], lengths, [mine] * cp_size, group)  # (ranks * my tokens, heads, head_dim)
+    # (ranks * my tokens, heads of this rank, head_dim)
+    output = all_to_all_single_autograd(output[0], [mine] * cp_size, lengths, group)
     return output.unflatten(0, (cp_size, mine)).transpose(0, 1).flatten(1, 2)[None]
-
-
-class AllToAll(torch.autograd.Function):
-    """Cut x along its first dimension into pieces of `sent` lengths and send the i-th to rank i, which sends a piece of
-    `received[i]`. The gradient goes back the same way."""
-
-    @staticmethod
-    def forward(ctx, x, sent: list[int], received: list[int], group):
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        output = x.new_empty(sum(received), *x.shape[1:])
-        dist.all_to_all_single(output, x.contiguous(), received, sent, group=group)
-        return output
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return AllToAll.apply(gradient, ctx.received, ctx.sent, ctx.group), None, None, None
 
 
 # ---- what a loaded model does with a packed row, measured before it is trained ---------------------------------------
