@@ -83,11 +83,7 @@ def broadcast_modules(modules, device: torch.device):
         if dist.get_rank() == 0:
             module._apply(lambda tensor: tensor.to(device), recurse=False)
         else:
-            for name, p in [*module.named_parameters(recurse=False)]:
-                empty = torch.empty(p.shape, dtype=p.dtype, device=device)
-                module.register_parameter(name, torch.nn.Parameter(empty, p.requires_grad))
-            for name, buffer in [*module.named_buffers(recurse=False)]:
-                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
+            module.to_empty(device=device, recurse=False)
         for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
             dist.broadcast(tensor.detach(), src=0)
 

@@ -148,7 +148,7 @@ def parallelize(model, cfg, strategy: str, world_size: int, device: torch.device
     """(the `PackedLoss` to call, or DDP around it; the model in it, which holds the parameters). With fsdp, only rank 0
     needs a model with values: the others may bring a meta model and receive rank 0's parameters, a block at a time."""
     if strategy == "fsdp":
-        plain_head, ties = sync_from_rank0(model)
+        plain_head = sync_from_rank0(model)
     else:
         plain_head = has_plain_head(model.to(device))
     loss = PackedLoss(model, plain_head, cp_group)
@@ -161,7 +161,7 @@ def parallelize(model, cfg, strategy: str, world_size: int, device: torch.device
         for block in blocks(model)[: -1 if loss.skips_positions else None]:
             block.compile(dynamic=True)
     if strategy == "fsdp":
-        shard(model, cfg, ties, world_size, device)
+        shard(model, cfg, world_size, device)
         # The loss does not go through model.forward: have FSDP gather the parameters outside the blocks there too.
         model.packed_loss = loss.forward
         register_fsdp_forward_method(model, "packed_loss")
@@ -182,8 +182,8 @@ def parallelize(model, cfg, strategy: str, world_size: int, device: torch.device
     return DistributedDataParallel(loss, **options), model
 
 
-def shard(model, cfg, ties: dict[str, str], world_size: int, device: torch.device):
-    """FSDP, in place. `ties`: see `sync_from_rank0`."""
+def shard(model, cfg, world_size: int, device: torch.device):
+    """FSDP, in place, with the parameters of rank 0."""
     shape, names = (world_size,), ("shard",)
     if cfg.parallel.replicas > 1:
         shape, names = (cfg.parallel.replicas, world_size // cfg.parallel.replicas), ("replicate", "shard")
@@ -198,27 +198,19 @@ def shard(model, cfg, ties: dict[str, str], world_size: int, device: torch.devic
         distributed.broadcast_modules(block.modules(), device)
         fully_shard(block, **options)
     distributed.broadcast_modules([module for module in model.modules() if module not in in_blocks], device)
-    for name, first in ties.items():
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, model.get_parameter(first))
+    model.tie_weights()
     fully_shard(model, **options)
 
 
-def sync_from_rank0(model) -> tuple[bool, dict[str, str]]:
-    """(whether the model has a plain head; tied parameters, the second name to the first), as rank 0 finds them, whose
-    model has values. The meta models of the other ranks take its dtypes."""
+def sync_from_rank0(model) -> bool:
+    """Whether the model has a plain head, as rank 0 finds, whose model has values. The meta models of the other ranks
+    take its dtypes."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    found = None
-    if dist.get_rank() == 0:
-        names, ties = {}, {}
-        for name, p in model.named_parameters(remove_duplicate=False):
-            if names.setdefault(p, name) != name:
-                ties[name] = names[p]
-        found = has_plain_head(model), ties, [tensor.dtype for _, tensor in tensors]
-    plain_head, ties, dtypes = distributed.broadcast_object(found)
+    found = (has_plain_head(model), [tensor.dtype for _, tensor in tensors]) if dist.get_rank() == 0 else None
+    plain_head, dtypes = distributed.broadcast_object(found)
     for (_, tensor), dtype in zip(tensors, dtypes, strict=True):
         tensor.data = tensor.data.to(dtype)
-    return plain_head, ties
+    return plain_head
 
 
 def is_sharded(model) -> bool:
