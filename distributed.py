@@ -98,7 +98,7 @@ def hard_exit(code: int = 0):
 # ---- signals, hangs, failures ----------------------------------------------------------------------------------------
 
 last_progress = time.monotonic()
-failing = False  # Whether this rank is on its way out.
+STOP_SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP
 
 
 def catch_stop_signals(record_reason) -> list[str]:
@@ -108,8 +108,6 @@ def catch_stop_signals(record_reason) -> list[str]:
     received, interrupted = [], []
 
     def handler(number, _):
-        if failing:
-            return  # `fail` ends this process in a moment.
         if dist.is_torchelastic_launched() and store().check(["failed"]):
             record_reason(json.loads(store().get("failed"))[1])
             os._exit(1)
@@ -120,7 +118,7 @@ def catch_stop_signals(record_reason) -> list[str]:
             interrupted.append(time.monotonic())
         received.append(name)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+    for number in STOP_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP.
             signal.signal(number, handler)
     return received
@@ -140,7 +138,7 @@ def report_stalls(rank: int, timeout: float):
     def watch():
         while True:
             time.sleep(timeout / 50)
-            if time.monotonic() - last_progress > timeout and not failing:
+            if time.monotonic() - last_progress > timeout:
                 stack = traceback.extract_stack(sys._current_frames()[main_thread])
                 places = " > ".join(f"{os.path.basename(f.filename)}:{f.lineno} in {f.name}" for f in stack[-8:])
                 line = f"rank {rank}: no progress for {timeout:g} s, at {places}"
@@ -154,8 +152,8 @@ def report_stalls(rank: int, timeout: float):
 def fail(error: Exception, record_reason):
     """End this rank with exit code 1, and torchrun the others. The first rank to fail prints why, and each calls
     `record_reason` with that. A user error (ValueError, OSError) is one line, another error a traceback."""
-    global failing
-    failing = True
+    for number in STOP_SIGNALS:  # This rank ends in a moment, once it has said why.
+        signal.signal(number, signal.SIG_IGN)
     rank, reason, details = int(os.environ.get("RANK", 0)), " ".join(str(error).split()), ""
     if not isinstance(error, (ValueError, OSError, FloatingPointError)) or os.environ.get("SFT_TRACEBACK"):
         reason, details = f"rank {rank}: {type(error).__name__}: {reason}", "".join(traceback.format_exception(error))
