@@ -60,11 +60,6 @@ def newest_complete(output_dir: Path) -> Path | None:
     return next(reversed(find(output_dir)), None)
 
 
-def val_loss(folder: Path) -> float:
-    """Return a checkpoint's val/loss; infinity if it was not validated."""
-    return read_info(folder).get("val/loss", float("inf"))
-
-
 def run_state(output_dir: Path, key: str = "state"):
     """Return the state in status.json (running, stopped, finished or failed), or another `key`; None: there is none."""
     path = output_dir / "status.json"
@@ -311,8 +306,8 @@ class CheckpointWriter:
             os.rename(unfinished / "unfinished_model", unfinished / "model")
         finally:  # state/ is complete, and is kept where the export fails
             replace(unfinished, final)
-        others = sorted({*find(self.output_dir)} - {final}, key=lambda folder: (val_loss(folder), -step_of(folder)))
-        for folder in others[self.keep :]:
+        losses = {folder: read_info(folder).get("val/loss", float("inf")) for folder in find(self.output_dir)[:-1]}
+        for folder in sorted(reversed(losses), key=losses.get)[self.keep :]:  # of equal ones the newer is kept
             delete(folder)
 
 
