@@ -7,18 +7,15 @@ No configuration file: configs/squad.yaml. Without torchrun: one process, or as 
 import contextlib
 import copy
 import functools
-import gc
 import json
 import math
 import os
-import socket
 import sys
 import textwrap
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -77,7 +74,6 @@ def main():
             print(f"{steps - start} steps from step {start + 1}, {steps_per_epoch} per epoch")
         opened = True
         train(cfg, device, dataset, start, steps, resume_from, started, record_reason)
-        del lock
     except Exception as error:
         distributed.fail(error, record_reason if opened else lambda reason: None)
 
@@ -126,8 +122,6 @@ def train(
         with cast_params(model, dtype):
             forward_backward(parallel_model, [collate(None, [])], 1.0)
         optimizer.zero_grad(set_to_none=True)
-    gc.collect()
-    gc.freeze()  # Objects created so far live until the end: scanning them takes a tenth of a second each time.
 
     # ---- the loop ----
     step, slowest = start, 0.0  # `slowest`: seconds of a step, with its validation and saving.
@@ -291,7 +285,7 @@ def check_same_data(cfg, chat_template: str, train_set, val_set):
     mine |= {"cluster": None, "logger": None}
     first = distributed.broadcast_object(mine)
     if different := [name for name in mine if mine[name] != first[name]]:
-        raise ValueError(f"{socket.gethostname()} differs from the first node in: {', '.join(different)}")
+        raise ValueError(f"{os.uname().nodename} differs from the first node in: {', '.join(different)}")
 
 
 def build_model(cfg, device, dataset: Data):
@@ -332,7 +326,6 @@ def make_optimizer(model, train_cfg) -> torch.optim.AdamW:
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": train_cfg.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},  # Norms and biases.
     ]
-    groups = [group for group in groups if group["params"]]
     options = {"lr": train_cfg.learning_rate, "betas": tuple(train_cfg.betas), "eps": train_cfg.eps}
     return torch.optim.AdamW(groups, fused=True, **options)
 
@@ -424,7 +417,7 @@ def validate(
     model.eval()
     with cast_params(model, getattr(torch, cfg.model.dtype)):
         for k, indices in enumerate(ranges):
-            for row in my_rows(np.array(indices), examples.lengths):
+            for row in my_rows(indices, examples.lengths):
                 distributed.progress()
                 sums[k] += parallel_model(collate(examples, row))
         scores = evaluate.score(to_score, answer(to_score), examples.names) if score and to_score else {}
