@@ -147,7 +147,7 @@ def train(
         loss, ranks_stopping = distributed.all_reduce_sum(sums).tolist()
         loss, grad_norm = loss / trained_tokens, float(norm)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise_not_finite(step, loss, grad_norm, rows, losses, train_set)
+            raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {grad_norm}; lower train.learning_rate")
         for parameters in optimizer.param_groups:
             parameters["lr"] = learning_rate(cfg.train, step, steps)
         optimizer.step()
@@ -372,18 +372,6 @@ def learning_rate(train_cfg, step: int, steps: int) -> float:
     done = (step - train_cfg.warmup_steps - 1) / max(1, steps - train_cfg.warmup_steps)
     factor = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[train_cfg.schedule]
     return train_cfg.min_learning_rate + (train_cfg.learning_rate - train_cfg.min_learning_rate) * factor
-
-
-def raise_not_finite(step: int, loss: float, grad_norm: float, rows, losses, train_set):
-    """Raise FloatingPointError on all ranks, naming the conversations whose loss is not finite, or all of the step."""
-    mine = [(i, bool(torch.isfinite(value))) for row, value in zip(rows, losses, strict=True) for i in row]
-    gathered = [pair for pairs in distributed.all_gather_object(mine) for pair in pairs]
-    examples = {i for i, finite in gathered if not finite} or {i for i, _ in gathered}
-    names = [f"{train_set.names[train_set.dataset_index(i)]} {train_set.row_ids[i]}" for i in sorted(examples)[:20]]
-    raise FloatingPointError(
-        f"step {step}: the loss is {loss}, the gradient norm {grad_norm}. Lower train.learning_rate, or look at these "
-        f"rows of the training split: {', '.join(names)}"
-    )
 
 
 def stop_reason(cfg, started: float, needed: float) -> str | None:
