@@ -171,15 +171,22 @@ def parallelize(model, cfg, strategy: str, world_size: int, device: torch.device
         return loss, model
     # DDP has to know whether a trained parameter gets no gradient, such as an image tower in a text-only run,
     # or experts that no token is sent to: an empty row shows it.
+    empty_row = collate(None, [], device, dist.get_rank() % cfg.parallel.context, cfg.parallel.context)
     with cast_params(model, getattr(torch, cfg.model.dtype)):
-        loss(collate(None, [], device, dist.get_rank() % cfg.parallel.context, cfg.parallel.context)).backward()
+        loss(empty_row).backward()
     unused = distributed.broadcast_object(any(p.grad is None for p in model.parameters() if p.requires_grad))
     loss.zero_grad(set_to_none=True)
     options = {"gradient_as_bucket_view": True, "find_unused_parameters": unused}
     # No rank changes a buffer. (The second name is that of torch 2.11.)
     known = inspect.signature(DistributedDataParallel).parameters
     options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False
-    return DistributedDataParallel(loss, **options), model
+    parallel_loss = DistributedDataParallel(loss, **options)
+    # After the first backward pass DDP regroups its buckets, which changes the rounding. So that is done here, and the
+    # first step after a launch is computed as in the middle of a run.
+    with cast_params(model, getattr(torch, cfg.model.dtype)):
+        parallel_loss(empty_row).backward()
+    loss.zero_grad(set_to_none=True)
+    return parallel_loss, model
 
 
 def shard(model, cfg, world_size: int, device: torch.device):

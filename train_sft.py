@@ -116,12 +116,6 @@ def train(
     distributed.report_stalls(rank, 0.9 * cfg.cluster.hang_timeout)
     if dataset.val_set and not start and cfg.validation.at_start:
         validate(cfg, 0, model, parallel_model, dataset, my_rows, collate, tracker, score=True)
-    if isinstance(parallel_model, DistributedDataParallel):
-        # After the first backward pass DDP regroups its buckets, which changes the rounding. So backpropagate an empty
-        # row, which changes nothing else: the first step after a launch is computed as in the middle of a run.
-        with cast_params(model, dtype):
-            forward_backward(parallel_model, [collate(None, [])], 1.0)
-        optimizer.zero_grad(set_to_none=True)
 
     # ---- the loop ----
     step, slowest = start, 0.0  # `slowest`: seconds of a step, with its validation and saving.
@@ -130,13 +124,12 @@ def train(
         writer.done()  # Raises here if the last checkpoint could not be written.
         # Which examples, and in which rows of which rank: every rank computes the same plan from (seed, step).
         chosen = packing.step_examples(train_set.counts, step, cfg.seed, cfg.train.global_batch_size, train_set.weights)
-        rows = my_rows(chosen, train_set.lengths)
+        batches = [collate(train_set, row) for row in my_rows(chosen, train_set.lengths)]
         step_tokens, trained_tokens = int(train_set.lengths[chosen].sum()), int(train_set.trained_tokens[chosen].sum())
         torch.manual_seed(((cfg.seed * 1_000_003 + step) * 65_537 + rank) % 2**63)  # Dropout: (seed, step, rank).
 
         # loss = sum of token losses over all ranks and rows / trained tokens of the global batch. DDP and FSDP average
         # gradients over ranks, so each rank's sum is multiplied by the number of ranks.
-        batches = [collate(train_set, row) for row in rows]
         with cast_params(model, dtype):
             losses = forward_backward(parallel_model, batches, world_size / trained_tokens)
         norm = clip_grad_norm(model, cfg.train.clip_grad_norm)
