@@ -1,6 +1,7 @@
 """The model: load, check, DDP and FSDP, loss, export."""
 
 import contextlib
+import functools
 import inspect
 import json
 import os
@@ -21,7 +22,6 @@ from transformers.utils import logging
 import attention
 import distributed
 import lora
-from attention import eval_mode
 from packing import collate
 from templates import IGNORE_INDEX
 
@@ -52,7 +52,9 @@ def load_model(model_cfg, device: torch.device, meta: bool = False) -> torch.nn.
         raise ValueError(f"model.name = {name!r} is a LoRA adapter: merge it with `python checkpoint.py {name} FOLDER`")
     hf_config = AutoConfig.from_pretrained(name, revision=revision)
     kernel = attention.choose(model_cfg.attention, model_cfg.dtype, model_class(name, hf_config), device)
-    options = {"dtype": base_dtype(model_cfg), "attn_implementation": kernel}
+    # Trained parameters are stored in float32; an adapter, which is float32 too, leaves those below it as they are.
+    dtype = getattr(torch, model_cfg.lora.base or model_cfg.dtype) if model_cfg.lora.rank else torch.float32
+    options = {"dtype": dtype, "attn_implementation": kernel}
     if model_cfg.from_scratch or meta:
         with torch.device("meta" if meta else "cpu"):
             model = AutoModelForCausalLM.from_config(hf_config, **options)
@@ -84,11 +86,6 @@ def open_saved(name: str, dtype, kernel: str | None = None):
     if (Path(name) / "adapter_config.json").is_file():
         return lora.open_adapter(Path(name), dtype, kernel)
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=kernel).eval()
-
-
-def base_dtype(model_cfg) -> torch.dtype:
-    """The dtype in which parameters are stored, except an adapter's: float32 if they are trained."""
-    return getattr(torch, model_cfg.lora.base or model_cfg.dtype) if model_cfg.lora.rank else torch.float32
 
 
 def prepare_for_training(model, model_cfg):
@@ -157,7 +154,7 @@ def parallelize(model, cfg, strategy: str, world_size: int, device: torch.device
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         # torch's cache on disk ignores the processor: code compiled for AVX-512 would compute wrong numbers on AVX2.
         torch.compiler.config.cache_key_tag = torch.backends.cpu.get_cpu_capability()
-        # The last block, which has hooks, does not fit the graph that the others share.
+        # The last block, which skips positions, does not fit the graph that the others share.
         for block in blocks(model)[: -1 if loss.skips_positions else None]:
             block.compile(dynamic=True)
     if strategy == "fsdp":
@@ -275,7 +272,7 @@ class PackedLoss(torch.nn.Module):
         super().__init__()
         self.model, self.plain_head = model, plain_head
         self.cp = {} if cp_group is None else {"cp_group": cp_group}
-        self.loss_positions, self.tokens = None, 0  # Of the row that the decoder computes, for the hooks.
+        self.loss_positions = None  # Of the row that the decoder computes.
         self.skips_positions = False
         recomputes = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         if plain_head and not recomputes:  # A block that is recomputed in the backward pass would find no positions.
@@ -283,19 +280,16 @@ class PackedLoss(torch.nn.Module):
             block = blocks(model)[-1]
             for module in (getattr(block, "mlp", None), getattr(getattr(block, "self_attn", None), "o_proj", None)):
                 if is_pointwise(module, model):
-                    module.register_forward_pre_hook(self.gather)
-                    module.register_forward_hook(self.scatter)
+                    module.forward = functools.partial(self.at_loss_positions, module.forward)
                     self.skips_positions = True
 
     def forward(self, batch: dict) -> torch.Tensor:
         inputs = {name: batch[name] for name in ("input_ids", "position_ids", "documents")} | self.cp
         loss_positions, targets = batch["loss_positions"], batch["targets"]  # (trained,)
         if self.plain_head:
-            self.loss_positions, self.tokens = loss_positions, batch["input_ids"].shape[1]
-            try:
-                hidden = self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state[0]  # (tokens, hidden)
-            finally:
-                self.loss_positions = None
+            self.loss_positions = loss_positions
+            hidden = self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state[0]  # (tokens, hidden)
+            self.loss_positions = None
             weight = self.model.get_output_embeddings().weight
             return HeadLoss.apply(hidden[loss_positions], weight, targets, torch.is_grad_enabled())
         logits = self.model(**inputs, use_cache=False, logits_to_keep=loss_positions).logits[0]
@@ -303,14 +297,12 @@ class PackedLoss(torch.nn.Module):
             logits = logits[loss_positions]  # (trained, vocabulary)
         return F.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=IGNORE_INDEX)
 
-    def gather(self, module, arguments):
-        if self.loss_positions is not None:
-            return (arguments[0][:, self.loss_positions],)  # (1, trained, hidden)
-
-    def scatter(self, module, arguments, output):
-        if self.loss_positions is not None:
-            everywhere = output.new_zeros(1, self.tokens, output.shape[2])  # (1, tokens, hidden)
-            return everywhere.index_copy(1, self.loss_positions, output)
+    def at_loss_positions(self, forward, x):
+        """`forward` of x, (1, tokens, hidden), where a trained token is predicted; elsewhere zero."""
+        if self.loss_positions is None:
+            return forward(x)
+        output = forward(x[:, self.loss_positions])  # (1, trained, hidden)
+        return output.new_zeros(1, x.shape[1], output.shape[2]).index_copy(1, self.loss_positions, output)
 
 
 class HeadLoss(torch.autograd.Function):
@@ -363,7 +355,7 @@ def has_plain_head(model) -> bool:
         return False
     hook = head.register_forward_hook(lambda module, arguments, output: output * 1000)  # A cap shows on large logits.
     try:
-        with eval_mode(model, "eager"):  # Only the head is tested, on any device.
+        with attention.eval_mode(model, "eager"):  # Only the head is tested, on any device.
             hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
             logits = model(input_ids=ids, use_cache=False).logits.float()
         plain = 1000 * (hidden @ head.weight.T).float()
