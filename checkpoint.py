@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 import config
 from distributed import progress, rank_and_world_size
-from lora import has_adapter, merge_adapter, open_adapter
+from lora import merge_adapter, open_adapter
 from model import export, is_sharded, meta_model, open_saved, stop_ids_of
 
 # A single process is fine. For all threads, because a filter cannot be set for one.
@@ -219,7 +219,7 @@ def state_of(model, optimizer) -> dict[str, torch.Tensor]:
     LoRA model the adapter alone. Optimizer state is made where there is none yet, to read a checkpoint into."""
     persistent = model.state_dict().keys()  # first: it has FSDP free the parameters that a forward pass gathered
     kept = trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not has_adapter(model):
+    if not hasattr(model, "adapter_config"):
         kept = dict(model.named_parameters()) | {n: buffer for n, buffer in model.named_buffers() if n in persistent}
     state = {f"model.{name}": tensor.detach() for name, tensor in kept.items()}
     for name, p in trained.items():

@@ -88,10 +88,6 @@ def add_adapter(model, adapter: dict):
     model.adapter_config = adapter
 
 
-def has_adapter(model) -> bool:
-    return hasattr(model, "adapter_config")
-
-
 def merge_adapter(model):
     """Add the adapter to the parameters of its base, in place."""
     for name, module in [*model.named_modules()]:

@@ -413,7 +413,7 @@ def export(meta, params: dict, tokenizer, stop_ids: list[int], folder: Path):
     generation.eos_token_id = stop_ids if len(stop_ids) > 1 else stop_ids[0]
     generation.pad_token_id = generation.pad_token_id if generation.pad_token_id is not None else stop_ids[0]
     tokenizer.save_pretrained(folder)
-    if lora.has_adapter(meta):
+    if hasattr(meta, "adapter_config"):
         text = json.dumps(meta.adapter_config, indent=2) + "\n"
         (folder / "adapter_config.json").write_text(text, encoding="utf-8")
         params = {f"base_model.model.{name}.weight": p for name, p in params.items()}  # PEFT's names

@@ -142,9 +142,6 @@ def split_metrics(cfg, tokenizer, examples) -> tuple[dict, dict[str, list[int]]]
         hashes["conversations"].append(hash(input_ids.tobytes()))
         hashes["prompts"].append(hash(input_ids[: edges[0]].tobytes()))
     lengths, tokens, trained = examples.lengths, int(examples.lengths.sum()), int(examples.trained_tokens.sum())
-    datasets = {}
-    for name, weight, total in zip(examples.names, examples.weights, examples.totals, strict=True):
-        datasets[name] = {"weight": weight, "supervised": total["trained_tokens"], **total}
     metrics = {
         "conversations": len(examples),
         "trained_turns": last_ids.total(),
@@ -156,7 +153,6 @@ def split_metrics(cfg, tokenizer, examples) -> tuple[dict, dict[str, list[int]]]
         "overlong_are": {"drop": "dropped", "truncate": "truncated", "error": "an error"}[cfg.data.overlong],
         "nothing_to_train": sum(total["nothing_to_train"] for total in examples.totals),
         "duplicates": len(examples) - len({*hashes["conversations"]}),
-        "datasets": datasets,
         "turns_without_end_token": sum(n for last, n in last_ids.items() if last not in special_ids(tokenizer)),
     }
     return metrics, hashes
