@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.stateless import _reparametrize_module
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -226,20 +227,13 @@ def cast_params(model, dtype: torch.dtype):
     """Within it the model computes with copies of its parameters in `dtype`, made once, while gradients go to the
     parameters themselves, which stay float32. FSDP does the same by itself, a block at a time; so both use the same
     precision. (Autocast would keep the sums between blocks in float32, and cast the inputs of each product.)"""
-    originals = [
-        (module._parameters, name, p)
-        for module in model.modules()
-        for name, p in module._parameters.items()
-        if p is not None and p.is_floating_point() and p.dtype != dtype and not isinstance(p, DTensor)
-    ]
-    copies = {p: Cast.apply(p, dtype) for _, _, p in originals}  # Tied parameters have one copy.
-    for parameters, name, p in originals:
-        parameters[name] = copies[p]
-    try:
+    copies = {
+        name: Cast.apply(p, dtype)
+        for name, p in model.named_parameters()
+        if p.is_floating_point() and p.dtype != dtype and not isinstance(p, DTensor)
+    }
+    with _reparametrize_module(model, copies, tie_weights=True):
         yield
-    finally:
-        for parameters, name, p in originals:
-            parameters[name] = p
 
 
 class Cast(torch.autograd.Function):
