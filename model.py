@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import inspect
 import json
 import os
 import shutil
@@ -174,11 +173,8 @@ def parallelize(model, cfg, strategy: str, world_size: int, device: torch.device
         loss(empty_row).backward()
     unused = distributed.broadcast_object(any(p.grad is None for p in model.parameters() if p.requires_grad))
     loss.zero_grad(set_to_none=True)
-    options = {"gradient_as_bucket_view": True, "find_unused_parameters": unused}
-    # No rank changes a buffer. (The second name is that of torch 2.11.)
-    known = inspect.signature(DistributedDataParallel).parameters
-    options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False
-    parallel_loss = DistributedDataParallel(loss, **options)
+    parallel_loss = DistributedDataParallel(loss, gradient_as_bucket_view=True, find_unused_parameters=unused)
+    parallel_loss.broadcast_buffers = False  # In each forward pass: no rank changes a buffer.
     # After the first backward pass DDP regroups its buckets, which changes the rounding. So that is done here, and the
     # first step after a launch is computed as in the middle of a run.
     with cast_params(model, getattr(torch, cfg.model.dtype)):

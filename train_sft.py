@@ -108,8 +108,7 @@ def train(
     writer = checkpoint.CheckpointWriter(output_dir, keep, async_save, meta, tokenizer, dataset.stop_ids)
     tracker = None
     if rank == 0:
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in model.parameters())
+        total, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
         print(f"{total:,} parameters, {trained:,} trainable, {strategy} over {world_size} rank(s) on {device.type}")
         tracker = Tracker(output_dir, config.to_dict(cfg), start, steps)
     stop_signals = distributed.catch_stop_signals(record_reason)
@@ -319,8 +318,7 @@ def make_optimizer(model, train_cfg) -> torch.optim.AdamW:
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": train_cfg.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},  # Norms and biases.
     ]
-    options = {"lr": train_cfg.learning_rate, "betas": tuple(train_cfg.betas), "eps": train_cfg.eps}
-    return torch.optim.AdamW(groups, fused=True, **options)
+    return torch.optim.AdamW(groups, betas=tuple(train_cfg.betas), eps=train_cfg.eps, fused=True)  # lr: at each step.
 
 
 # ---- parts of a step -------------------------------------------------------------------------------------------------
