@@ -11,7 +11,7 @@ import argparse
 import torch
 from transformers import TextStreamer
 
-from evaluate import generate, open_model, text_of
+from evaluate import generate, open_model
 from model import max_positions, take_device
 from templates import adapt
 
@@ -90,7 +90,7 @@ class Chat:
             answers = generate(self.model, [ids], self.max_new_tokens, self.stop_ids, **sampling)
         except KeyboardInterrupt:
             return print(" (not added to the conversation)")
-        self.messages = [*messages, {"role": "assistant", "content": text_of(self.tokenizer, answers[0])}]
+        self.messages = [*messages, {"role": "assistant", "content": self.tokenizer.decode(answers[0]).strip()}]
 
 
 if __name__ == "__main__":

@@ -109,11 +109,7 @@ def eval_example(tokenizer, ids, labels, stop_ids, answers: list[str] | None, da
     ids, trained = np.asarray(ids), np.flatnonzero(np.asarray(labels) != IGNORE_INDEX)
     first = int(np.split(trained, np.flatnonzero(np.diff(trained) > 1) + 1)[-1][0])
     reference = [token for token in ids[first : trained[-1] + 1].tolist() if token not in stop_ids]
-    return EvalExample(ids[:first].tolist(), text_of(tokenizer, reference), answers, dataset)
-
-
-def text_of(tokenizer, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False).strip()
+    return EvalExample(ids[:first].tolist(), tokenizer.decode(reference).strip(), answers, dataset)
 
 
 def open_model(name: str, dtype):
@@ -134,10 +130,6 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, stop_ids: lis
     ids = torch.tensor([stop_ids[:1] * (longest - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
 
-    def note_progress(ids, scores, **_):  # A criterion that never stops.
-        distributed.progress()
-        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-
     # The attention of the training takes no padding, so transformers' own one answers.
     attention = "sdpa" if model._supports_sdpa and model.config._attn_implementation != "eager" else "eager"
     own_config = model.generation_config
@@ -151,7 +143,6 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, stop_ids: lis
                 eos_token_id=stop_ids,
                 pad_token_id=stop_ids[0],
                 use_cache=True,
-                stopping_criteria=[note_progress],
                 synced_gpus=is_sharded(model),  # The ranks of a sharded model compute each token together.
                 **({"do_sample": False} | sampling),
             )
@@ -181,8 +172,9 @@ def answer_all(
             size = max(1, min(MAX_BATCH, max_tokens // longest)) if longest <= positions else 1
             global_batch = order[start : start + size * world_size]
             batch = global_batch[rank::world_size] or order[-1:]  # A rank without a share computes along.
+            distributed.progress()
             answers = generate(model, [examples[i].prompt for i in batch], max_new_tokens, stop_ids)
-            texts |= {i: text_of(tokenizer, ids) for i, ids in zip(batch, answers, strict=True)}
+            texts |= {i: tokenizer.decode(ids).strip() for i, ids in zip(batch, answers, strict=True)}
             start += len(global_batch)
             bar.update(len(global_batch))
     texts = {i: text for part in distributed.all_gather_object(texts) for i, text in part.items()}
