@@ -278,21 +278,19 @@ def check_packing(model, name: str, dtype: torch.dtype) -> bool:
 def isolates_documents(model, device: torch.device, dtype: torch.dtype, kernel: str | None = None) -> bool:
     """Whether each document of a packed row gets the logits that it gets alone, whatever stands beside it: measured on
     the loaded model, which computes in `dtype` on `device`. Every rank of a sharded model has to call it."""
-    first, second, third, other_first, other_third = random_ids(model, 7, 12, 5, 7, 5)
+    second = slice(7, 19)  # of three documents: of 7, 12 and 5 tokens
+    ids, other_ids = random_ids(model, 24, 24)
+    other_ids[:, second] = ids[:, second]
 
-    def logits_of_second(*documents):
-        position_ids = torch.cat([torch.arange(d.shape[1]) for d in documents])[None].to(device)
-        ends = list(itertools.accumulate(d.shape[1] for d in documents))
+    def logits(ids, *lengths):  # (tokens, vocabulary)
+        position_ids = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
+        ends = [*itertools.accumulate(lengths)]
         row = Documents(ends, torch.tensor([0, *ends], dtype=torch.int32, device=device))
-        ids = torch.cat(documents, dim=1).to(device)
-        logits = model(ids, position_ids=position_ids, documents=row, use_cache=False).logits[0].float()
-        start = 0 if len(documents) == 1 else 7
-        return logits[start : start + 12]  # (12, vocabulary)
+        return model(ids.to(device), position_ids=position_ids, documents=row, use_cache=False).logits[0].float()
 
     with eval_mode(model, kernel):
-        alone = logits_of_second(second)
-        packed = logits_of_second(first, second, third)
-        beside_others = logits_of_second(other_first, second, other_third)
+        alone = logits(ids[:, second], 12)
+        packed, beside_others = (logits(row, 7, 12, 5)[second] for row in (ids, other_ids))
     scale = alone.abs().max().clamp(min=1e-3)
     rounding = 1e-4 if dtype == torch.float32 else 0.1  # Rows of other lengths may take other kernels.
     leak, difference = (packed - beside_others).abs().max(), (packed - alone).abs().max()

@@ -130,7 +130,6 @@ def open_run_folder(cfg: dict, launched: float):
     left, with a STOP file from before `launched` (seconds since the epoch). Returns (lock, token, resume_from): an open
     file, which holds the lock until it is closed or the process ends; what `wait_for_run_folder` looks for on the other
     ranks; the newest complete checkpoint or None. Raises as `find_resume_checkpoint` does."""
-    find_resume_checkpoint(cfg)  # refuses a folder before anything is written to it
     output_dir = Path(cfg["output_dir"])
     output_dir.mkdir(parents=True, exist_ok=True)
     lock = open(output_dir / ".lock", "a", encoding="utf-8")
@@ -140,7 +139,7 @@ def open_run_folder(cfg: dict, launched: float):
         except BlockingIOError:
             print(f"waiting for another process that trains in {output_dir} to end", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
-    resume_from, _ = find_resume_checkpoint(cfg)  # again: now nobody else writes there
+    resume_from, _ = find_resume_checkpoint(cfg)  # now nobody else writes there
     token = f"{os.uname().nodename} {os.getpid()} {time.time()}"
     write_atomically(output_dir / ".launch", token)
     for leftover in [*output_dir.glob("checkpoints/unfinished_*"), *output_dir.glob("unfinished_*")]:
@@ -159,8 +158,7 @@ def wait_for_run_folder(output_dir: Path, token: str):
             if (output_dir / ".launch").read_text(encoding="utf-8") == token:
                 return
         time.sleep(1)
-    node = os.uname().nodename
-    raise ValueError(f"output_dir = {output_dir}: {node} does not see what rank 0 writes there; use shared storage")
+    raise ValueError(f"output_dir = {output_dir}: {os.uname().nodename} does not see rank 0's files there; use shared storage")
 
 
 # ---- write -----------------------------------------------------------------------------------------------------------

@@ -133,16 +133,14 @@ def progress():
 def report_stalls(rank: int, timeout: float):
     """Print where the main thread of this rank is whenever it has made no progress for `timeout` seconds. That ends
     nothing: a run that was suspended and continued is not hung. The process group's timeout ends a hang."""
-    main_thread = threading.get_ident()
 
     def watch():
         while True:
             time.sleep(timeout / 50)
             if time.monotonic() - last_progress > timeout:
-                stack = traceback.extract_stack(sys._current_frames()[main_thread])
+                stack = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident])
                 places = " > ".join(f"{os.path.basename(f.filename)}:{f.lineno} in {f.name}" for f in stack[-8:])
-                line = f"rank {rank}: no progress for {timeout:g} s, at {places}"
-                print(line, file=sys.stderr, flush=True)
+                print(f"rank {rank}: no progress for {timeout:g} s, at {places}", file=sys.stderr, flush=True)
                 progress()
 
     progress()

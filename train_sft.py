@@ -4,7 +4,6 @@ usage: [torchrun --nproc_per_node 8] train_sft.py [CONFIG.yaml | --config CONFIG
 No configuration file: configs/squad.yaml. Without torchrun: one process, or as many as cluster.gpus_per_node says.
 """
 
-import contextlib
 import copy
 import functools
 import json
@@ -18,7 +17,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 import attention
 import checkpoint
@@ -113,8 +111,9 @@ def train(
         tracker = Tracker(output_dir, config.to_dict(cfg), start, steps)
     stop_signals = distributed.catch_stop_signals(record_reason)
     distributed.report_stalls(rank, 0.9 * cfg.cluster.hang_timeout)
+    validation = functools.partial(validate, cfg, model, parallel_model, dataset, my_rows, collate, tracker)
     if dataset.val_set and not start and cfg.validation.at_start:
-        validate(cfg, 0, model, parallel_model, dataset, my_rows, collate, tracker, score=True)
+        validation(0, score=True)
 
     # ---- the loop ----
     step, slowest = start, 0.0  # `slowest`: seconds of a step, with its validation and saving.
@@ -153,9 +152,7 @@ def train(
             tracker.log(step, metrics)
         val_loss = {}
         if dataset.val_set and (step % cfg.validation.every == 0 or step == steps):
-            val_loss = validate(
-                cfg, step, model, parallel_model, dataset, my_rows, collate, tracker, score=step == steps
-            )
+            val_loss = validation(step, score=step == steps)
         if ranks_stopping or step == steps or (cfg.checkpoint.every and step % cfg.checkpoint.every == 0):
             writer.wait()
             if tracker:
@@ -243,10 +240,8 @@ def load_data(cfg, rank: int, local_rank: int) -> Data:
     else:
         prepared = json.loads(distributed.store().get(key))
     tokenizer.chat_template = prepared["chat_template"]
-    splits = []
-    for split in ("train", "validation"):
-        examples = tokens.open_split(prepared, split, cfg.data)
-        splits.append(examples)
+    splits = {split: tokens.open_split(prepared, split, cfg.data) for split in ("train", "validation")}
+    for split, examples in splits.items():
         if examples is None:
             continue
         examples.check(split)
@@ -257,14 +252,12 @@ def load_data(cfg, rank: int, local_rank: int) -> Data:
                     f"{total['tokens']:,} tokens, {total['trained_tokens']:,} of them trained; {total['overlong']:,} "
                     f"overlong ({cfg.data.overlong}), {total['nothing_to_train']:,} skipped (nothing to train)"
                 )
-    stop_ids, to_score = tokens.find_stop_ids(tokenizer, splits[0]), None
-    if rank == 0 and cfg.validation.exact_match:
-        mixture = [entry for entry in mixture if "validation" in entry.splits]
-        count = cfg.validation.exact_match
+    stop_ids, to_score, count = tokens.find_stop_ids(tokenizer, splits["train"]), None, cfg.validation.exact_match
+    if rank == 0 and count:
         to_score, _ = evaluate.eval_examples(mixture, tokenizer, tokenizer.chat_template, stop_ids, count)
     distributed.wait_for_all("tokens")
-    check_same_data(cfg, tokenizer.chat_template, *splits)
-    return Data(tokenizer, *splits, stop_ids, distributed.broadcast_object(to_score))
+    check_same_data(cfg, tokenizer.chat_template, *splits.values())
+    return Data(tokenizer, *splits.values(), stop_ids, distributed.broadcast_object(to_score))
 
 
 def check_same_data(cfg, chat_template: str, train_set, val_set):
@@ -331,10 +324,9 @@ def forward_backward(parallel_model, batches: list[dict], scale: float) -> torch
     for i, batch in enumerate(batches):
         distributed.progress()
         # DDP all-reduces the gradients once per step, with the last row.
-        accumulates = isinstance(parallel_model, DistributedDataParallel) and i < len(batches) - 1
-        with parallel_model.no_sync() if accumulates else contextlib.nullcontext():
-            loss = parallel_model(batch)
-            (loss * scale).backward()
+        parallel_model.require_backward_grad_sync = i == len(batches) - 1
+        loss = parallel_model(batch)
+        (loss * scale).backward()
         losses.append(loss.detach().double())
     return torch.stack(losses)
 
@@ -376,9 +368,7 @@ def stop_reason(cfg, started: float, needed: float) -> str | None:
 
 
 @torch.no_grad()
-def validate(
-    cfg, step: int, model, parallel_model, dataset: Data, my_rows, collate, tracker, score: bool
-) -> dict[str, float]:
+def validate(cfg, model, parallel_model, dataset: Data, my_rows, collate, tracker, step: int, score: bool) -> dict:
     """Log the token-weighted mean loss over the validation examples, the answers to the sample prompts and, with
     `score`, the scores of answers. Returns {"val/loss": ...}. Raises FloatingPointError where it is not finite."""
     tokenizer, _, examples, stop_ids, to_score = dataset
