@@ -265,8 +265,7 @@ def check_packing(model, name: str, dtype: torch.dtype) -> bool:
         with eval_mode(model, kernel):
             packed = model(ids, position_ids=torch.arange(12)[None], use_cache=False).logits.float()
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"model.name = {name!r} does not take packed rows ({reason}); {fix}") from error
+        raise ValueError(f"model.name = {name!r} does not take packed rows ({error!r}); {fix}") from error
     difference = (packed - alone).norm() / alone.norm()
     if not difference <= limit:
         raise ValueError(f"model.name = {name!r}: its logits differ by {difference:.1%} in a packed row; {fix}")

@@ -158,7 +158,8 @@ def wait_for_run_folder(output_dir: Path, token: str):
             if (output_dir / ".launch").read_text(encoding="utf-8") == token:
                 return
         time.sleep(1)
-    raise ValueError(f"output_dir = {output_dir}: {os.uname().nodename} does not see rank 0's files there; use shared storage")
+    node = os.uname().nodename
+    raise ValueError(f"output_dir = {output_dir}: {node} does not see what rank 0 writes there; use shared storage")
 
 
 # ---- write -----------------------------------------------------------------------------------------------------------

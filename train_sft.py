@@ -150,9 +150,8 @@ def train(
             metrics |= {"train/supervised_tokens": trained_tokens, "train/tokens": step_tokens}
             metrics["train/tokens_per_second"] = step_tokens / (time.perf_counter() - clock)
             tracker.log(step, metrics)
-        val_loss = {}
-        if dataset.val_set and (step % cfg.validation.every == 0 or step == steps):
-            val_loss = validation(step, score=step == steps)
+        validates = dataset.val_set and (step % cfg.validation.every == 0 or step == steps)
+        val_loss = validation(step, score=step == steps) if validates else {}
         if ranks_stopping or step == steps or (cfg.checkpoint.every and step % cfg.checkpoint.every == 0):
             writer.wait()
             if tracker:
@@ -171,8 +170,7 @@ def train(
         tracker.say(f"stopped after step {step} ({stop}); the same command resumes from there")
         (output_dir / "STOP").unlink(missing_ok=True)
     elif rank == 0:
-        merge = cfg.model.lora.merge
-        checkpoint.make_model_folder(checkpoint.newest_complete(output_dir), output_dir / "model", merge)
+        checkpoint.make_model_folder(checkpoint.newest_complete(output_dir), output_dir / "model", cfg.model.lora.merge)
         tracker.say(f"finished: {output_dir / 'model'} holds the model, reloaded and verified")
         checkpoint.write_status(output_dir, "finished", steps)
     if tracker:
