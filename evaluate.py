@@ -31,7 +31,6 @@ from templates import IGNORE_INDEX, SWITCHES, encode
 from tokens import choose_template
 
 MAX_ANSWER_TOKENS = 256  # A longer answer is cut here, so a reference that is longer counts as missed.
-MAX_BATCH = 64  # Prompts that a rank answers at once.
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
@@ -169,7 +168,7 @@ def answer_all(
     with tqdm(total=len(order), desc="answering", unit=" answers", leave=False, disable=rank > 0 or None) as bar:
         while start < len(order):
             longest = int(lengths[order[start]]) + max_new_tokens  # of the prompts that are left
-            size = max(1, min(MAX_BATCH, max_tokens // longest)) if longest <= positions else 1
+            size = max(1, max_tokens // longest) if longest <= positions else 1
             global_batch = order[start : start + size * world_size]
             batch = global_batch[rank::world_size] or order[-1:]  # A rank without a share computes along.
             distributed.progress()

@@ -71,10 +71,7 @@ def preview(cfg, options, report: dict, samples: list[tuple[str, str]]):
     ranks_of_cluster = (cfg.cluster.num_nodes or 1) * (cfg.cluster.gpus_per_node or 1)
     report["world_size"] = world_size = options.world_size or ranks_of_cluster
     with problem(report):
-        newest, finished = checkpoint.find_resume_checkpoint(config.to_dict(cfg))
-        if newest or finished:
-            then = "there is nothing left to train" if finished else f"it would resume from {newest.name}"
-            report["notes"].append(f"{cfg.output_dir} holds this run: {then}")
+        checkpoint.find_resume_checkpoint(config.to_dict(cfg))
     tokenizer = load_tokenizer(cfg)
     entries, splits, hashes = [], {}, {}
     try:
@@ -106,7 +103,7 @@ def preview(cfg, options, report: dict, samples: list[tuple[str, str]]):
         except (RuntimeError, AttributeError, TypeError) as error:  # Some models need tensors with numbers in them.
             reason = " ".join(str(error).split())[:200]
             report["notes"].append(f"the memory that {cfg.model.name} needs cannot be predicted: {reason}")
-    judge(cfg, report)
+    judge(report)
 
 
 def bad_rows(cfg, tokenizer, entries, most: int = 20) -> list[str]:
@@ -183,15 +180,13 @@ def batch_metrics(cfg, examples, world_size: int) -> dict:
     }
 
 
-def judge(cfg, report: dict):
+def judge(report: dict):
     """Add what the metrics mean for the run to the notes and problems."""
     notes = report["notes"]
     for split in ("train", "validation"):
         if n := report.get(split, {}).get("turns_without_end_token"):
             turns = f"{n:,} of {report[split]['trained_turns']:,} trained turns"
             notes.append(f"{split}: {turns} end in no special token: the model does not learn to stop there")
-    if cfg.train.warmup_steps >= report.get("batches", {}).get("steps", math.inf):
-        notes.append(f"train.warmup_steps = {cfg.train.warmup_steps}: the run ends before the full learning rate")
     needs = report.get("memory")
     if needs and needs["total_gib"] > needs["gpu_gib"]:
         report["problems"].append(
