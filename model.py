@@ -343,16 +343,13 @@ def has_plain_head(model) -> bool:
     head, ids = model.get_output_embeddings(), torch.arange(4, device=model.device)[None]
     if head is None or getattr(head, "bias", None) is not None:  # A bias may be zero now, and trained.
         return False
-    hook = head.register_forward_hook(lambda module, arguments, output: output * 1000)  # A cap shows on large logits.
-    try:
-        with attention.eval_mode(model, "eager"):  # Only the head is tested, on any device.
+    try:  # A cap shows on large logits. Only the head is tested, with the attention that runs on any device.
+        with attention.eval_mode(model, "eager"), head.register_forward_hook(lambda *arguments: 1000 * arguments[2]):
             hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
             logits = model(input_ids=ids, use_cache=False).logits.float()
         plain = 1000 * (hidden @ head.weight.T).float()
     except Exception:  # Some layers run only on a GPU, and some models have no such decoder.
         return False
-    finally:
-        hook.remove()
     tolerance = {"rtol": 1e-3, "atol": 1e-4 * float(logits.abs().max())}
     return plain.shape == logits.shape and torch.allclose(plain, logits, **tolerance)
 
