@@ -344,7 +344,7 @@ def has_plain_head(model) -> bool:
     if head is None or getattr(head, "bias", None) is not None:  # A bias may be zero now, and trained.
         return False
     try:  # A cap shows on large logits. Only the head is tested, with the attention that runs on any device.
-        with attention.eval_mode(model, "eager"), head.register_forward_hook(lambda *arguments: 1000 * arguments[2]):
+        with attention.eval_mode(model, "eager"), head.register_forward_hook(lambda _, __, output: 1000 * output):
             hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
             logits = model(input_ids=ids, use_cache=False).logits.float()
         plain = 1000 * (hidden @ head.weight.T).float()
