@@ -34,13 +34,11 @@ def per_document(module, query, key, value, attention_mask, **kwargs):
 def per_document_varlen(module, query, key, value, attention_mask, **kwargs):
     """The same in one call of torch's variable-length flash attention, which a compiled block has in its one graph:
     CUDA, bfloat16."""
-    call = attention if is_one_kernel(query, value, **kwargs) else uncompiled_attention
+    # A call of the kernel and of nothing else is the same code whatever the documents are.
+    others = ("dropout", "softcap", "cp_group")
+    one_kernel = fits_varlen(query, value) and not any(map(kwargs.get, others)) and kwargs.get("s_aux") is None
+    call = attention if one_kernel else uncompiled_attention
     return call(varlen, module, query, key, value, attention_mask, **kwargs), None
-
-
-def is_one_kernel(query, value, dropout=0.0, softcap=None, s_aux=None, cp_group=None, **kwargs) -> bool:
-    """Whether `attention` calls the variable-length kernel and nothing else, whatever the documents are."""
-    return fits_varlen(query, value) and not (dropout or softcap or s_aux is not None or cp_group is not None)
 
 
 def fits_varlen(query, value) -> bool:

@@ -178,9 +178,7 @@ def from_command_line(arguments: list[str]) -> Config:
     overrides = [item for item in arguments if ("=" in item or item in KEYS) and not item.startswith("--config=")]
     paths = [item.removeprefix("--config=") for item in arguments if item not in [*overrides, "--config"]]
     if len(paths) > 1 or "--config" in arguments[-1:] or "".join(paths).startswith("-"):
-        raise ValueError(
-            f"{' '.join(arguments)}: name one configuration file, and keys as KEY=VALUE; --help lists them"
-        )
+        raise ValueError(f"{' '.join(arguments)}: name one configuration file, and keys as KEY=VALUE; see --help")
     return load(paths[0] if paths else str(Path(__file__).parent / "configs/squad.yaml"), overrides)
 
 

@@ -396,16 +396,14 @@ def normalize(row) -> dict:
     row = row if isinstance(row, dict) else {"messages": row}
     if present := [name for name in NOT_TEXT if row.get(name)]:
         raise ValueError(f"has {present[0]!r}: only text is trained here; leave such rows out")
-    messages, answers, weight = (row.get(name) for name in ("messages", "answers", "weight"))
+    messages, answers = row.get("messages"), row.get("answers")
     tools = row.get("tools") or row.get("functions")  # as OpenAI called them until 2023
     tools = json.loads(tools) if tools and isinstance(tools, str) else tools  # JSON text in some datasets
     check_objects(messages, "messages")
     check_objects(tools or [], "tools")
     tools, messages = [wrapped(tool) for tool in tools or []], [normalize_message(m, i) for i, m in enumerate(messages)]
-    if weight not in (None, 0, 1):
-        raise ValueError(f'"weight" is {weight!r}, not 0 or 1')
-    if weight == 0:
-        messages = [{**message, "train": False} for message in messages]
+    if row.get("weight") not in (None, 1):  # of the whole row; 0: nothing of it is trained
+        messages = [{**message, "weight": row["weight"]} for message in messages]
     if all(message["role"] != "assistant" for message in messages):
         raise ValueError("has no assistant turn, so there is nothing to train")
     # A UnicodeEncodeError, which is a ValueError, where a text was cut inside a character

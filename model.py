@@ -62,9 +62,7 @@ def load_model(model_cfg, device: torch.device, meta: bool = False) -> torch.nn.
         model = AutoModelForCausalLM.from_pretrained(name, config=hf_config, revision=revision, **options)
         head, tied = model.get_output_embeddings(), model.config.get_text_config().tie_word_embeddings
         if tied and head is not None and head.weight is not model.get_input_embeddings().weight:
-            raise ValueError(
-                f"model.name = {name!r} ties its embeddings but has an output layer: set tie_word_embeddings=false"
-            )
+            raise ValueError(f"model.name = {name!r} has an output layer of its own: set tie_word_embeddings=false")
     prepare_for_training(model, model_cfg)
     return model
 
@@ -144,8 +142,12 @@ def blocks(model) -> torch.nn.ModuleList:
 def parallelize(model, cfg, strategy: str, world_size: int, device: torch.device, cp_group=None):
     """(the `PackedLoss` to call, or DDP around it; the model in it, which holds the parameters). With fsdp, only rank 0
     needs a model with values: the others may bring a meta model and receive rank 0's parameters, a block at a time."""
-    if strategy == "fsdp":
-        plain_head = sync_from_rank0(model)
+    if strategy == "fsdp":  # Rank 0's model has values; the meta models of the other ranks take its dtypes.
+        tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        found = (has_plain_head(model), [tensor.dtype for _, tensor in tensors]) if dist.get_rank() == 0 else None
+        plain_head, dtypes = distributed.broadcast_object(found)
+        for (_, tensor), dtype in zip(tensors, dtypes, strict=True):
+            tensor.data = tensor.data.to(dtype)
     else:
         plain_head = has_plain_head(model.to(device))
     loss = PackedLoss(model, plain_head, cp_group)
@@ -201,17 +203,6 @@ def shard(model, cfg, world_size: int, device: torch.device):
     distributed.broadcast_modules([module for module in model.modules() if module not in in_blocks], device)
     model.tie_weights()
     fully_shard(model, **options)
-
-
-def sync_from_rank0(model) -> bool:
-    """Whether the model has a plain head, as rank 0 finds, whose model has values. The meta models of the other ranks
-    take its dtypes."""
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    found = (has_plain_head(model), [tensor.dtype for _, tensor in tensors]) if dist.get_rank() == 0 else None
-    plain_head, dtypes = distributed.broadcast_object(found)
-    for (_, tensor), dtype in zip(tensors, dtypes, strict=True):
-        tensor.data = tensor.data.to(dtype)
-    return plain_head
 
 
 def is_sharded(model) -> bool:

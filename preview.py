@@ -103,7 +103,7 @@ def preview(cfg, options, report: dict, samples: list[tuple[str, str]]):
         except (RuntimeError, AttributeError, TypeError) as error:  # Some models need tensors with numbers in them.
             reason = " ".join(str(error).split())[:200]
             report["notes"].append(f"the memory that {cfg.model.name} needs cannot be predicted: {reason}")
-    judge(report)
+    judge(cfg, report)
 
 
 def bad_rows(cfg, tokenizer, entries, most: int = 20) -> list[str]:
@@ -180,13 +180,15 @@ def batch_metrics(cfg, examples, world_size: int) -> dict:
     }
 
 
-def judge(report: dict):
+def judge(cfg, report: dict):
     """Add what the metrics mean for the run to the notes and problems."""
     notes = report["notes"]
     for split in ("train", "validation"):
         if n := report.get(split, {}).get("turns_without_end_token"):
             turns = f"{n:,} of {report[split]['trained_turns']:,} trained turns"
             notes.append(f"{split}: {turns} end in no special token: the model does not learn to stop there")
+    if cfg.train.warmup_steps >= report.get("batches", {}).get("steps", math.inf):
+        notes.append(f"train.warmup_steps = {cfg.train.warmup_steps}: the run ends before the full learning rate")
     needs = report.get("memory")
     if needs and needs["total_gib"] > needs["gpu_gib"]:
         report["problems"].append(

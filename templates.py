@@ -51,7 +51,7 @@ def render_turns(chat_template, messages, tools=None, **variables) -> tuple["Cha
     """
     chat = Chat(chat_template, messages, tools, variables)
     chat.render()
-    if chat.compiled.has_tags:
+    if chat.has_tags:
         turns = tagged_spans(chat)
     else:
         turns = [span for i in chat.assistants for span in turn_spans(chat, i)]
@@ -81,8 +81,8 @@ class Chat:
     """A conversation with all that its template reads; after `render`, also its text and the segments of the text."""
 
     def __init__(self, chat_template: str, messages, tools, variables):
-        self.compiled, self.tools = tracing.compile_template(chat_template), tools
-        self.messages = [normalize_message(message) for message in messages]
+        self.plain, self.following, self.has_tags, self.prompts = tracing.compile_template(chat_template)
+        self.messages, self.tools = [normalize_message(message) for message in messages], tools
         self.variables = {"documents": None, **variables}
         self.traced = [tracing.traced(message, tracing.Tag(i)) for i, message in enumerate(self.messages)]
         self.traced_tools = tracing.traced(tools, tracing.Tag(tracing.TOOLS))
@@ -99,11 +99,11 @@ class Chat:
             raise ValueError(f"the chat template refuses this conversation: {error}") from None
 
     def traced_chunks(self, messages: list[dict], add_generation_prompt: bool) -> list[str]:
-        return self.chunks(self.compiled.tracing, messages, self.traced_tools, add_generation_prompt)
+        return self.chunks(self.following, messages, self.traced_tools, add_generation_prompt)
 
     def render(self):
         """Finds the text, as transformers renders it, and its segments."""
-        self.text = "".join(self.chunks(self.compiled.plain, self.messages, self.tools, False))
+        self.text = "".join(self.chunks(self.plain, self.messages, self.tools, False))
         rendered = tracing.joined(self.traced_chunks(self.traced, False))
         if rendered != self.text:
             if "&#34;" in self.text and html.unescape(rendered) == html.unescape(self.text):
@@ -150,10 +150,10 @@ class Chat:
         """What may be the prompt after a single question, which is found once for a template and its variables."""
         in_blocks = any(isinstance(message.get("content"), list) for message in self.messages)
         key = (in_blocks, repr(self.tools), repr(self.variables))
-        if key not in self.compiled.prompts:
+        if key not in self.prompts:
             question = {"role": "user", "content": [{"type": "text", "text": "x"}] if in_blocks else "x"}
-            _, self.compiled.prompts[key] = self.generation_prompts([tracing.traced(question, tracing.Tag(0))])
-        return self.compiled.prompts[key]
+            _, self.prompts[key] = self.generation_prompts([tracing.traced(question, tracing.Tag(0))])
+        return self.prompts[key]
 
     def closes_answer(self, i: int) -> bool:
         """Whether a plain answer in place of message i prints a text behind its content; True where this is unknown."""

@@ -164,10 +164,8 @@ class TokenizedDataset:
             digest.update(b"".join(table.column("digest").to_pylist()))
             too_long = lengths > max_seq_length
             if overlong == "error" and too_long.any():
-                raise ValueError(
-                    f"{name}: row {too_long.argmax()} has {lengths[too_long.argmax()]} tokens, more than "
-                    f"data.max_seq_length = {max_seq_length}; raise it, or set data.overlong=drop or truncate"
-                )
+                row, rule = too_long.argmax(), f"data.max_seq_length = {max_seq_length} or data.overlong = error"
+                raise ValueError(f"{name}: row {row} has {lengths[row]} tokens: change {rule}")
             if overlong == "truncate":
                 lengths = np.minimum(lengths, max_seq_length)
                 for i in np.flatnonzero(too_long).tolist():

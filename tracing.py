@@ -449,16 +449,10 @@ OWN_FILTERS = {
 }
 
 
-class Compiled(NamedTuple):
-    plain: jinja2.Template
-    tracing: jinja2.Template
-    has_tags: bool
-    prompts: dict  # generation prompts that are known, see Chat.default_prompts
-
-
 @functools.lru_cache(maxsize=32)
-def compile_template(chat_template: str) -> Compiled:
-    """The template as transformers compiles it, and compiled so that its output is traced."""
+def compile_template(chat_template: str) -> tuple[jinja2.Template, jinja2.Template, bool, dict]:
+    """(the template as transformers compiles it; compiled so that its output is traced; whether it has generation tags;
+    a place for what is found out about it once)."""
     extensions = [GenerationTag, loopcontrols]
     environment = TracingEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     try:
@@ -468,4 +462,4 @@ def compile_template(chat_template: str) -> Compiled:
         following = environment.from_string(chat_template)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"the chat template is not valid Jinja, line {error.lineno}: {error.message}") from None
-    return Compiled(plain, following, environment.has_generation_tags, {})
+    return plain, following, environment.has_generation_tags, {}

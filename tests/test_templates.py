@@ -176,7 +176,7 @@ def test_what_cannot_be_known_is_refused(template, named):
 
 
 def test_no_operation_turns_a_message_into_text_of_the_template():
-    environment = tracing.compile_template("").tracing.environment
+    environment = tracing.compile_template("")[1].environment
     text = tracing.traced("<ä> öü é\n{} %s", tracing.Tag(source=0))  # what is not ASCII is the message's
     functions = [f"text.{name}(" for name in dir(str) if name[0] != "_" and name != "maketrans"]
     functions += ["'<%s>'.join(", "'{}'.format(", "'a'.replace(", "'a'.join(text | map("]
