@@ -7,6 +7,7 @@ import pytest
 
 import config
 import data
+import templates
 
 ASK, ANSWER = {"role": "user", "content": "One?"}, {"role": "assistant", "content": "First."}
 CALL = {"role": "assistant", "content": "", "tool_calls": [
@@ -475,7 +476,7 @@ def test_a_call_without_a_name_or_an_object_of_arguments_is_refused(function):
 def test_the_weight_of_a_row_is_that_of_each_message(tmp_path):
     row = SAME["prompt_completion"][0]
     path = write(tmp_path / "rows.jsonl", *({**row, "weight": weight} for weight in (0, 1, None, 0.5)))
-    trained = [data.read_conversation(read(path), i, "rows")["messages"][1].get("train") for i in range(3)]
-    assert trained == [False, None, None]
-    with pytest.raises(ValueError, match=':4: "weight" is 0.5'):
-        data.read_conversation(read(path), 3, "rows")
+    answers = [data.read_conversation(read(path), i, "rows")["messages"][1] for i in range(4)]
+    assert [templates.is_trained(answer, 1) for answer in answers[:3]] == [False, True, True]
+    with pytest.raises(ValueError, match='"weight" is 0.5'):
+        templates.is_trained(answers[3], 1)
