@@ -52,7 +52,7 @@ def load_model(model_cfg, device: torch.device, meta: bool = False) -> torch.nn.
         raise ValueError(f"model.name = {name!r} is a LoRA adapter: merge it with `python checkpoint.py {name} FOLDER`")
     hf_config = AutoConfig.from_pretrained(name, revision=revision)
     kernel = attention.choose(model_cfg.attention, model_cfg.dtype, model_class(name, hf_config), device)
-    # Trained parameters are stored in float32; an adapter, which is float32 too, leaves those below it as they are.
+    # Trained parameters are float32. Those below an adapter are frozen, in the dtype of the run or model.lora.base.
     dtype = getattr(torch, model_cfg.lora.base or model_cfg.dtype) if model_cfg.lora.rank else torch.float32
     options = {"dtype": dtype, "attn_implementation": kernel}
     if model_cfg.from_scratch or meta:

@@ -71,7 +71,9 @@ def preview(cfg, options, report: dict, samples: list[tuple[str, str]]):
     ranks_of_cluster = (cfg.cluster.num_nodes or 1) * (cfg.cluster.gpus_per_node or 1)
     report["world_size"] = world_size = options.world_size or ranks_of_cluster
     with problem(report):
-        checkpoint.find_resume_checkpoint(config.to_dict(cfg))
+        newest, finished = checkpoint.find_resume_checkpoint(config.to_dict(cfg))
+        if newest or finished:
+            report["notes"].append(f"{cfg.output_dir} holds the run, {'finished' if finished else f'at {newest.name}'}")
     tokenizer = load_tokenizer(cfg)
     entries, splits, hashes = [], {}, {}
     try:
