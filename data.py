@@ -336,11 +336,9 @@ def from_prompt_completion(row: dict) -> list[dict]:
     prompt, completion = row["prompt"], row["completion"]
     if not isinstance(completion, list):
         return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-    messages = []
-    for message in prompt:  # an answer there is part of the question
-        answers = message.get("role") == "assistant"
-        messages.append({**message, "train": message.get("train") or False} if answers else message)
-    return messages + completion
+    # An answer in the prompt is part of the question.
+    question = [{**m, "train": m.get("train") or False} if m.get("role") == "assistant" else m for m in prompt]
+    return question + completion
 
 
 def from_alpaca(row: dict) -> list[dict]:
