@@ -35,9 +35,8 @@ def per_document_varlen(module, query, key, value, attention_mask, **kwargs):
     """The same in one call of torch's variable-length flash attention, which a compiled block has in its one graph:
     CUDA, bfloat16."""
     # A call of the kernel and of nothing else is the same code whatever the documents are.
-    others = ("dropout", "softcap", "cp_group")
-    one_kernel = fits_varlen(query, value) and not any(map(kwargs.get, others)) and kwargs.get("s_aux") is None
-    call = attention if one_kernel else uncompiled_attention
+    one_kernel = kwargs.get("s_aux") is None and not any(map(kwargs.get, ("dropout", "softcap", "cp_group")))
+    call = attention if one_kernel and fits_varlen(query, value) else uncompiled_attention
     return call(varlen, module, query, key, value, attention_mask, **kwargs), None
 
 

@@ -62,11 +62,11 @@ def pack(indices, lengths, world_size: int, max_tokens: int) -> list[list[list[i
 
     Every rank gets the same number of rows. A row holds at least one example, however long, and otherwise at most
     `max_tokens` tokens; `lengths[index]` is in tokens. The examples go, longest first, each into the emptiest row,
-    which makes the rows even. The i-th rows of all ranks are the most alike, because ranks wait for each other there.
+    which makes the rows even. The i-th rows of all ranks are similar in cost, because ranks wait for each other there.
     """
     sizes = np.asarray(lengths[np.asarray(indices, dtype=np.int64)], dtype=np.int64)
     longest_first = np.argsort(-sizes, kind="stable")
-    # An example may be longer than max_tokens, so there are never more rows than examples.
+    # At most as many rows as give each example one of its own: an example may be longer than max_tokens.
     per_rank = max(1, min(math.ceil(int(sizes.sum()) / (max_tokens * world_size)), math.ceil(len(sizes) / world_size)))
     while True:
         rows = [[] for _ in range(per_rank * world_size)]

@@ -1,7 +1,7 @@
 """Fine-tune a causal language model on chat data: the whole run, from top to bottom.
 
 usage: [torchrun --nproc_per_node 8] train_sft.py [CONFIG.yaml | --config CONFIG.yaml] [KEY=VALUE ...]
-No configuration file: configs/squad.yaml. Without torchrun: one process, or as many as cluster.gpus_per_node says.
+The default configuration is configs/squad.yaml. Without torchrun: one process, or cluster.gpus_per_node of them.
 """
 
 import copy
@@ -32,6 +32,7 @@ from tracking import Tracker
 
 def main():
     # ---- configuration, and which rank this process is ----
+    # slurm/train.sbatch sets SFT_STARTED when its job starts: a STOP file older than that is ignored.
     started, launched = time.monotonic(), float(os.environ.get("SFT_STARTED", time.time()))
     if {"--help", "-h"} & {*sys.argv}:
         print(f"{__doc__}\nKeys, their types and defaults:\n\n{config.describe()}")
@@ -48,7 +49,7 @@ def main():
         # ---- device and process group; tokenizer, datasets, tokens ----
         device = take_device(local_rank)
         distributed.init_process_group(cfg.cluster.hang_timeout)
-        finished = rank == 0 and checkpoint.find_resume_checkpoint(config.to_dict(cfg))[1]
+        _, finished = checkpoint.find_resume_checkpoint(config.to_dict(cfg)) if rank == 0 else (None, None)
         if distributed.broadcast_object(finished):
             if rank == 0:
                 print(f"{output_dir} holds a finished run; to train further, raise train.max_epochs or max_steps")
@@ -56,15 +57,15 @@ def main():
         dataset = load_data(cfg, rank, local_rank)
 
         # ---- the run folder, and where the run resumes ----
-        lock = token = resume_from = None
-        if rank == 0:  # It holds the lock until it exits, and decides for all ranks where the run resumes.
-            lock, token, resume_from = checkpoint.open_run_folder(config.to_dict(cfg), launched)
+        lock = launch_id = resume_from = None
+        if rank == 0:  # It decides for all ranks where the run resumes, and holds the lock as long as `lock` lives.
+            lock, launch_id, resume_from = checkpoint.open_run_folder(config.to_dict(cfg), launched)
         distributed.wait_for_all("run folder")
-        token, resume_from = distributed.broadcast_object((token, resume_from))
-        checkpoint.wait_for_run_folder(output_dir, token)
+        launch_id, resume_from = distributed.broadcast_object((launch_id, resume_from))
+        checkpoint.wait_for_run_folder(output_dir, launch_id)  # Until this node sees what rank 0 has written there.
         train_set, start = dataset.train_set, 0
         steps_per_epoch, steps = packing.steps_of_run(train_set.counts, train_set.weights, cfg.train)
-        if resume_from:
+        if resume_from:  # ValueError if the data have changed, or if the run is already past its last step.
             start = checkpoint.check_resume(resume_from, steps, train_set.digest)
         if rank == 0:
             checkpoint.write_status(output_dir, "running", start)
@@ -72,26 +73,26 @@ def main():
             print(f"{steps - start} steps from step {start + 1}, {steps_per_epoch} per epoch")
         opened = True
         train(cfg, device, dataset, start, steps, resume_from, started, record_reason)
-    except Exception as error:
+    except Exception as error:  # Prints and records it, and exits with 1, upon which torchrun ends the other ranks.
         distributed.fail(error, record_reason if opened else lambda reason: None)
 
 
 def train(
     cfg, device, dataset: "Data", start: int, steps: int, resume_from: Path | None, started: float, record_reason
 ):
-    """Train from step `start` + 1 to `steps`, or until the run is asked to stop. `resume_from`: the checkpoint of step
+    """Train from step `start` + 1 to `steps`, or until a stop is requested. `resume_from`: the checkpoint of step
     `start`; `started`: when this process started, for `checkpoint.must_save_by`; `record_reason`: see `fail`."""
     rank, world_size = distributed.rank_and_world_size()
     output_dir, dtype, train_set = Path(cfg.output_dir), getattr(torch, cfg.model.dtype), dataset.train_set
 
-    # ---- model, DDP or FSDP, optimizer; all of it as in the checkpoint ----
+    # ---- model, DDP or FSDP, optimizer; restored from the checkpoint ----
     model, parallel_model, optimizer, strategy, can_pack = build_model(cfg, device, dataset)
     adapter = getattr(model, "adapter_config", None)
     info = {"data": train_set.digest, "base": adapter and adapter["revision"]}  # What a checkpoint was trained on.
     if resume_from:
         checkpoint.load(resume_from, model, optimizer, info["base"])
-    # Neighboring ranks that share a row (context parallelism) get the same rows, and each its slice of them. With at
-    # most one token per row, each row holds one document.
+    # Neighboring ranks that share a row (context parallelism) get the same rows, and each its slice of them. A row has
+    # at least one document, so with max_tokens = 1 it has exactly one.
     cp_size = cfg.parallel.context
     max_tokens = cp_size * cfg.train.max_tokens_per_micro_batch if can_pack else 1
     my_rows = functools.partial(
@@ -109,14 +110,14 @@ def train(
         total, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
         print(f"{total:,} parameters, {trained:,} trainable, {strategy} over {world_size} rank(s) on {device.type}")
         tracker = Tracker(output_dir, config.to_dict(cfg), start, steps)
-    stop_signals = distributed.catch_stop_signals(record_reason)
+    stop_signals = distributed.catch_stop_signals(record_reason)  # torchrun sends one, too, if a rank has failed.
     distributed.report_stalls(rank, 0.9 * cfg.cluster.hang_timeout)
     validation = functools.partial(validate, cfg, model, parallel_model, dataset, my_rows, collate, tracker)
     if dataset.val_set and not start and cfg.validation.at_start:
         validation(0, score=True)
 
     # ---- the loop ----
-    step, slowest = start, 0.0  # `slowest`: seconds of a step, with its validation and saving.
+    step, slowest = start, 0.0  # `slowest`: seconds of the slowest step so far, with its validation and saving.
     for step in range(start + 1, steps + 1):
         clock = time.perf_counter()
         writer.done()  # Raises here if the last checkpoint could not be written.
@@ -156,7 +157,7 @@ def train(
             writer.wait()
             if tracker:
                 tracker.flush()
-                checkpoint.write_status(output_dir, "running", step)
+                checkpoint.write_status(output_dir, "running", step)  # To be read by people: a resume does not.
             writer.save(step, model, optimizer, info | val_loss)
         slowest = max(slowest, time.perf_counter() - clock)
         if ranks_stopping and step < steps:
@@ -165,7 +166,7 @@ def train(
     # ---- the end ----
     writer.wait()
     if rank == 0 and step < steps:
-        stop = stop or "another rank received a signal"
+        stop = stop or "requested on another rank"
         checkpoint.write_status(output_dir, "stopped", step, stop)
         tracker.say(f"stopped after step {step} ({stop}); the same command resumes from there")
         (output_dir / "STOP").unlink(missing_ok=True)
@@ -321,7 +322,7 @@ def forward_backward(parallel_model, batches: list[dict], scale: float) -> torch
     losses = []
     for i, batch in enumerate(batches):
         distributed.progress()
-        # DDP all-reduces the gradients once per step, with the last row.
+        # DDP all-reduces the gradients once per step, with the last row. (FSDP, which ignores this, does so with each.)
         parallel_model.require_backward_grad_sync = i == len(batches) - 1
         loss = parallel_model(batch)
         (loss * scale).backward()
@@ -330,8 +331,8 @@ def forward_backward(parallel_model, batches: list[dict], scale: float) -> torch
 
 
 def clip_grad_norm(model, max_norm: float | None) -> torch.Tensor:
-    """Clip the gradients to `max_norm`, if there is one. Returns their norm before that, over all ranks, float64 (), as
-    a tensor: nothing waits for the GPU here."""
+    """Clip the gradients to `max_norm`, if any. Returns their norm before clipping, over all ranks, as a float64 scalar
+    tensor: nothing waits for the GPU here."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     mesh = getattr(gradients[0], "device_mesh", None)
     if mesh is not None:
@@ -356,7 +357,7 @@ def learning_rate(train_cfg, step: int, steps: int) -> float:
 
 
 def stop_reason(cfg, started: float, needed: float) -> str | None:
-    """Why the run has to stop after this step, if it has; `needed`: seconds that another step and saving may take."""
+    """Why the run has to stop after this step, or None. `needed`: seconds that another step and saving may take."""
     if cfg.checkpoint.must_save_by:
         days, hours, minutes, seconds = map(int, cfg.checkpoint.must_save_by.split(":"))
         if time.monotonic() - started + needed >= ((days * 24 + hours) * 60 + minutes) * 60 + seconds:
@@ -395,8 +396,8 @@ def validate(cfg, model, parallel_model, dataset: Data, my_rows, collate, tracke
     loss = sum(sums) / sum(trained_tokens)
     if not math.isfinite(loss):
         raise FloatingPointError(f"step {step}: val/loss is {loss}; earlier checkpoints are intact")
-    metrics = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700))}
-    metrics["val/supervised_tokens"] = sum(trained_tokens)
+    perplexity, trained = math.exp(min(loss, 700)), sum(trained_tokens)
+    metrics = {"val/loss": loss, "val/perplexity": perplexity, "val/supervised_tokens": trained}
     if len(ranges) > 1:
         metrics |= {f"val/loss/{n}": s / t for n, s, t in zip(examples.names, sums, trained_tokens, strict=True)}
     if tracker:
