@@ -125,6 +125,7 @@ def start_in_fork(
         os.dup2(file, 1), os.dup2(file, 2)
         sys.stdout = sys.stderr = open(1, "w", closefd=False)
         faulthandler.dump_traceback_later(200, exit=True)  # where it hangs
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
         torch.set_num_threads(1)
         os.chdir(root)
         if root != ROOT:
