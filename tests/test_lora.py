@@ -104,6 +104,7 @@ def test_the_saved_adapter_is_the_trained_one_without_its_base(trained, base):
     assert text.startswith("<|im_start|>user")
 
 
+@pytest.mark.slow
 def test_peft_opens_the_adapter_with_equal_logits(trained):
     peft = pytest.importorskip("peft")
     tokenizer = AutoTokenizer.from_pretrained(trained / "model")
@@ -134,6 +135,7 @@ def test_a_merged_adapter_is_a_plain_model_with_equal_logits(trained, arguments,
             checkpoint.main([str(folder), str(tmp_path / "again")])
 
 
+@pytest.mark.slow
 def test_a_run_with_dropout_repeats_and_resumes_bitwise(trained, arguments, tmp_path):
     arguments = [*arguments, "model.lora.dropout=0.1", f"output_dir={tmp_path}/run"]
     run(*arguments, "train.max_steps=2")

@@ -117,6 +117,7 @@ class Rows(list):
         raise TypeError("cannot be pickled")
 
 
+@pytest.mark.slow
 def test_a_killed_worker_ends_the_launch_and_the_next_one_continues(tmp_path):
     rows = [chat(f"{i}?", f"It is {i}.") for i in range(1500)]
     killed = Rows(rows, 700, lambda i: os.kill(os.getpid(), signal.SIGKILL))
@@ -132,6 +133,7 @@ def test_a_bad_row_of_a_worker_is_an_error_with_its_place_and_reason(tmp_path):
         tokenize(rows, tmp_path, workers=2)
 
 
+@pytest.mark.slow
 def test_a_killed_launch_leaves_nothing_half_written(tmp_path):
     rows = Rows((chat(f"{i}?", f"It is {i}.") for i in range(3000)), 2999, lambda i: time.sleep(600))
     reading, writing = os.pipe()

@@ -28,7 +28,7 @@ FEW = ["train.max_steps=4", "validation.every=2", "validation.exact_match=0", "v
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("runs") / "single"
-    run_as_user("configs/quickstart.yaml", f"output_dir={output_dir}", *FEW)
+    run("configs/quickstart.yaml", f"output_dir={output_dir}", *FEW)
     return output_dir
 
 
@@ -80,7 +80,7 @@ def test_a_finished_run_is_left_alone_and_another_is_not_overwritten(tmp_path, s
 @pytest.mark.parametrize(
     "arguments, code, said",
     [
-        (["configs/none.yaml"], 2, "error: configs/none.yaml: "),
+        pytest.param(["configs/none.yaml"], 2, "error: configs/none.yaml: ", marks=pytest.mark.slow),
         (["configs/quickstart.yaml", "train.lr=1"], 2, "no key 'train.lr'"),
         (["configs/quickstart.yaml", "data.dataset=gone.jsonl"], 1, "gone.jsonl"),
         (["configs/quickstart.yaml", "cluster.num_nodes=2"], 2, "cluster.num_nodes"),
