@@ -172,7 +172,7 @@ def state(output_dir):
 
 
 def assert_same_run(output_dir, other):
-    """Equal weights to the last bit, equal figures, each step there once."""
+    """Equal parameters to the last bit, equal metrics, each step there once."""
     a, b = (AutoModelForCausalLM.from_pretrained(folder / "model").state_dict() for folder in (output_dir, other))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in b)
     for name in ("train/loss", "train/grad_norm", "train/learning_rate", "val/loss"):

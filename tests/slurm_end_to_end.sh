@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # On a real Slurm with two nodes: a run that is requeued, signalled, timed out, cancelled or loses a worker ends in the
-# weights of an undisturbed one. PYTHON: an environment with the requirements.
+# parameters of an undisturbed one. PYTHON: an environment with the requirements.
 # usage: tests/slurm_end_to_end.sh [requeue] [signal] [early] [limit] [kill] [cancel] [error]     none named: all
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -35,14 +35,14 @@ import torch
 from safetensors.torch import load_file
 plain, other, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
 a, b = (load_file(f"{folder}/model/model.safetensors") for folder in (plain, other))
-assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), "the weights differ"
+assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), "the parameters differ"
 shown = [json.loads(line)["step"] for line in open(f"{other}/metrics.jsonl") if "train/loss" in line]
 assert shown == list(range(1, steps + 1)), "a step is missing or there twice"
 PY
     local starts requeued
     starts=$(grep -c ' queued ' "$out/$1.log") requeued=$(scontrol show job "$2" | grep -oP 'Restarts=\K\d+')
     [ "$1" = plain ] || [ $((starts - 1 + requeued)) -gt 0 ] || fail "$1" "was not disturbed: nothing was tested"
-    echo "ok: $1: $starts starts, queued again $requeued time(s), weights equal"
+    echo "ok: $1: $starts starts, queued again $requeued time(s), parameters equal"
 }
 
 USER=${USER:-$(id -un)}
