@@ -126,10 +126,9 @@ def check_resume(folder: Path, steps: int, digest: str) -> int:
 
 
 def open_run_folder(cfg: dict, launched: float):
-    """Make the run folder, lock it (rank 0 waits here while another process has the lock), and remove what a killed run
-    left, with a STOP file from before `launched` (seconds since the epoch). Returns (lock, token, resume_from): an open
-    file, which holds the lock until it is closed or the process ends; what `wait_for_run_folder` looks for on the other
-    ranks; the newest complete checkpoint or None. Raises as `find_resume_checkpoint` does."""
+    """Make the run folder, lock it (waiting while another process has it), and remove what a killed run left, and a
+    STOP file from before `launched` (seconds since the epoch). Returns (lock, launch_id, resume_from): a file, which
+    holds the lock while it is open; what `wait_for_run_folder` looks for; the newest complete checkpoint or None."""
     output_dir = Path(cfg["output_dir"])
     output_dir.mkdir(parents=True, exist_ok=True)
     lock = open(output_dir / ".lock", "a", encoding="utf-8")

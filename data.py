@@ -241,10 +241,9 @@ def find_files(path: str) -> list[str]:
 
 
 def read_files(files: list[str], format: str | None) -> datasets.Dataset:
-    """The rows of these files as conversations, kept as JSON text in a memory-mapped table that is made once.
-
-    The types of Arrow do not keep rows as they stand in a file: they fill in keys, round numbers, and read the text
-    "42" as a number. The table is found by the content of the files: a new one may have the same size and time."""
+    """The rows of these files as conversations, kept as JSON text in a memory-mapped table that is made once: the types
+    of Arrow do not keep rows as they stand. They fill in keys, round numbers, and read the text "42" as a number. The
+    table is found by the content of the files: a new one may have the same size and time."""
     key = hashlib.sha256(Path(__file__).read_bytes())
     for file in files:
         with open(file, "rb") as opened:
@@ -320,8 +319,8 @@ def to_conversation(row, format: str | None) -> dict:
         kinds = f"{' and '.join(fitting) or 'no format'} with data.args.format = {format or 'null'}"
         raise ValueError(f"the columns {', '.join(sorted(there)) or '(none)'} are of {kinds}; there are {FORMATS}")
     format = fitting[0]
-    for name in ("train", "label", "input") if format == "prompt_completion" else ("train",):
-        if row.get(name) not in (None, ""):
+    for name in ("train", "loss", "training", *(("label", "input") if format == "prompt_completion" else ())):
+        if row.get(name) not in (None, "", True):
             raise ValueError(f"has {name!r} = {row[name]!r} for the whole row, which is not read: put it into messages")
     convert = {"prompt_completion": from_prompt_completion, "alpaca": from_alpaca, "sharegpt": from_sharegpt}
     messages = convert[format](row) if format in convert else row["messages"]
@@ -334,8 +333,8 @@ def to_conversation(row, format: str | None) -> dict:
 
 def from_prompt_completion(row: dict) -> list[dict]:
     prompt, completion = row["prompt"], row["completion"]
-    if not isinstance(completion, list):
-        return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    prompt = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    completion = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
     # An answer in the prompt is part of the question.
     question = [{**m, "train": m.get("train") or False} if m.get("role") == "assistant" else m for m in prompt]
     return question + completion
@@ -347,7 +346,8 @@ def from_alpaca(row: dict) -> list[dict]:
     question, messages = row["instruction"], []
     if row.get("input"):
         question = question + "\n\n" + row["input"]
-    for user, assistant in [*(row.get("history") or []), (question, row["output"])]:
+    for pair in [*(row.get("history") or []), (question, row["output"])]:
+        user, assistant = (pair[k] for k in range(len(pair)))  # An error for an object.
         messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
     return messages
 
@@ -360,11 +360,9 @@ def from_sharegpt(row: dict) -> list[dict]:
             continue
         message = {"role": SPEAKERS.get(turn["from"], turn["from"]), "content": turn.get("value")}
         if turn["from"] == "function_call":
-            calls = json.loads(turn["value"])
-            calls = calls if isinstance(calls, list) else [calls]
-            functions = [{"name": call["name"], "arguments": call.get("arguments", {})} for call in calls]
-            message |= {"content": "", "tool_calls": [{"type": "function", "function": each} for each in functions]}
-        messages.append({**message, **{name: turn[name] for name in ("train", "weight") if name in turn}})
+            calls = json.loads(turn["value"]) if isinstance(turn["value"], str) else turn["value"]
+            message |= {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
+        messages.append({**message, **{name: turn[name] for name in turn if name not in ("from", "value")}})
     return messages
 
 
@@ -433,13 +431,16 @@ def normalize_message(message: dict, i: int) -> dict:
 
 
 def normalize_call(call: dict, name: str) -> dict:
-    function = wrapped(call)["function"]
-    arguments = (function.get("arguments") or {}) if isinstance(function, dict) else None
+    call = wrapped(call)
+    check_objects([call["function"]], f"{name}: the function")
+    function = {"arguments" if key == "parameters" else key: value for key, value in call["function"].items()}
+    text = function.setdefault("arguments", {})
     with contextlib.suppress(json.JSONDecodeError):
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    if not isinstance(arguments, dict) or not isinstance(function.get("name"), str):
-        raise ValueError(f"{name}: {str(function)[:60]!r} is no function with a name and a JSON object of arguments")
-    return {**wrapped(call), "function": {**function, "arguments": arguments}}
+        function["arguments"] = json.loads(text or "{}") if isinstance(text, str) else {} if text is None else text
+    others = {*call} - {"id", "type", "function", "index"} | {*function} - {"name", "arguments"}
+    if others or not isinstance(function["arguments"], dict) or not isinstance(function.get("name"), str):
+        raise ValueError(f"{name}: {str(call)[:80]!r} must have a name, a JSON object of arguments, and no more")
+    return {**call, "function": function}
 
 
 def wrapped(item: dict) -> dict:

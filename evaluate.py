@@ -43,13 +43,6 @@ def normalize_answer(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def word_f1(answer: str, reference: str) -> float:
-    """The harmonic mean of precision and recall of the normalized words, from 0 to 1."""
-    words, expected = normalize_answer(answer).split(), normalize_answer(reference).split()
-    common = sum((collections.Counter(words) & collections.Counter(expected)).values())
-    return 2 * common / (len(words) + len(expected)) if common else 0.0
-
-
 class EvalExample(NamedTuple):
     """A turn to generate. `prompt`: the token ids before it. `reference`: the turn's text. `answers`: the right answers
     by SQuAD's rules, or None where only the reference itself is right. `dataset`: its index in the mixture."""
@@ -65,7 +58,12 @@ class EvalExample(NamedTuple):
         return any(normalize_answer(answer) == normalize_answer(right) for right in self.answers)
 
     def f1(self, answer: str) -> float:
-        return max(word_f1(answer, right) for right in self.answers)
+        """The harmonic mean of precision and recall of the normalized words, for the best of the right answers."""
+        words, scores = normalize_answer(answer).split(), []
+        for expected in [normalize_answer(right).split() for right in self.answers]:
+            common = (collections.Counter(words) & collections.Counter(expected)).total()
+            scores.append(2 * common / (len(words) + len(expected)) if common else 0.0)
+        return max(scores)
 
 
 def score(examples: list[EvalExample], answers: list[str], names: list[str]) -> dict[str, float]:
@@ -154,10 +152,9 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, stop_ids: lis
 def answer_all(
     model, tokenizer, examples: list[EvalExample], stop_ids, max_tokens: int, max_prompt: int | None = None
 ) -> list[str]:
-    """The model's answers as texts, the same on every rank. Each rank generates a share, and all ranks run the same
-    number of batches, as a sharded model needs. A batch holds prompts of similar length, and at most `max_tokens`
-    tokens with its answers, or a single prompt. A prompt without tokens, with `max_prompt` or more, or that leaves the
-    model no position for an answer, gets an empty answer."""
+    """The model's answers as texts, the same on every rank. All ranks run as many batches, as a sharded model needs. A
+    batch has at most `max_tokens` tokens with its answers, or a single prompt. A prompt without tokens, with
+    `max_prompt` or more, or that leaves the model no position for an answer, gets an empty answer."""
     rank, world_size = distributed.rank_and_world_size()
     right = {text for example in examples for text in (example.reference, *(example.answers or []))}
     max_new_tokens = min(MAX_ANSWER_TOKENS, max(32, *(len(tokenizer.encode(text)) + 8 for text in right)))

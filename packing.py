@@ -60,10 +60,9 @@ def epoch_order(counts: tuple[int, ...], weights: tuple[float, ...], seed: int, 
 def pack(indices, lengths, world_size: int, max_tokens: int) -> list[list[list[int]]]:
     """Packed rows per rank: `rows[rank][i]` is a list of indices, empty where a rank has nothing to compute.
 
-    Every rank gets the same number of rows. A row holds at least one example, however long, and otherwise at most
-    `max_tokens` tokens; `lengths[index]` is in tokens. The examples go, longest first, each into the emptiest row,
-    which makes the rows even. The i-th rows of all ranks are similar in cost, because ranks wait for each other there.
-    """
+    Every rank gets the same number of rows. A row holds one example, however long, or several of at most `max_tokens`
+    tokens in all; `lengths[index]` is in tokens. The examples go, longest first, each into the emptiest row, so that
+    rows are even. The i-th rows of all ranks are similar in cost, because ranks wait for each other there."""
     sizes = np.asarray(lengths[np.asarray(indices, dtype=np.int64)], dtype=np.int64)
     longest_first = np.argsort(-sizes, kind="stable")
     # At most as many rows as give each example one of its own: an example may be longer than max_tokens.
@@ -129,9 +128,8 @@ def collate(examples, row: list[int], device="cpu", cp_rank: int = 0, cp_size: i
 
     Returns input_ids and position_ids, (1, tokens) int64, where positions start at 0 in each document; documents, a
     `Documents`; loss_positions, (trained,) int64, the places in the row where a trained token is predicted; targets,
-    (trained,) int64, those tokens. The first token of a document is never predicted. A row without documents is one
-    token with one target of -100. Where `cp_size` ranks share the row, all but `documents` is this rank's slice of it.
-    """
+    (trained,) int64, those tokens. A row without documents is one token with one target of -100. If `cp_size` ranks
+    share the row, all but `documents` is this rank's slice of it."""
     documents = []
     for input_ids, labels in (examples[i] for i in row):
         predicted = np.append(labels[1:], IGNORE_INDEX)  # (tokens,): the label of the next token

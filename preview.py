@@ -201,8 +201,8 @@ def judge(cfg, report: dict):
 
 def memory(cfg, tokenizer, gpu_gib: float | None, longest: int, report: dict) -> dict:
     """What a GPU holds at the fullest moment, in GiB, from the sizes of the tensors that the run's own model makes of
-    its largest row, under FakeTensorMode: tensors with shapes and no memory. The CUDA context and the allocator's gaps
-    come on top; a tenth of the GPU is set aside for them. `longest`: tokens of the longest conversation, 0: unknown."""
+    its largest row under FakeTensorMode. A tenth of the GPU is set aside for the CUDA context and the allocator's gaps.
+    `longest`: tokens of the longest conversation, 0: unknown."""
     here = torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else 80
     gpu_gib, world_size, batches = gpu_gib or here, report["world_size"], report.get("batches", {})
     dtype, context = getattr(torch, cfg.model.dtype), cfg.parallel.context

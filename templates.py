@@ -45,10 +45,7 @@ def render(chat_template: str, messages: list[dict], tools: list[dict] | None = 
 
 
 def render_turns(chat_template, messages, tools=None, **variables) -> tuple["Chat", list[tuple[int, int, int]]]:
-    """The rendered chat, and its spans with the index of their message: (i, start, end), in the order of the text.
-
-    What an assistant message printed after the generation prompt is trained, if it is its own value or the template's.
-    """
+    """The rendered chat, and its spans with the index of their message: (i, start, end), in the order of the text."""
     chat = Chat(chat_template, messages, tools, variables)
     chat.render()
     if chat.has_tags:
@@ -215,8 +212,7 @@ def turn_start(chat: Chat, i: int, first: int) -> int:
     full_prompt, here = chat.generation_prompts(chat.traced[:i])
     # 2. The message begins with the prompt that follows what stands before it: the content may begin as a prompt ends,
     #    with "<think>\n". White space before the prompt may have been printed earlier, or be fed only. Or the prompt
-    #    stands further on in the header, behind BOS or a default system message. With Llama 3, where the assistant
-    #    speaks first: "<|begin_of_text|><|start_header_id|>assistant<|end_header_id|>\n\n".
+    #    stands further on, behind BOS: "<|begin_of_text|><|start_header_id|>assistant<|end_header_id|>\n\n".
     for prompt in map(str.lstrip, [*(here or []), *(default or [])]):
         if re.search(r"\w", prompt) and (header.count(prompt) == 1 or text.lstrip().startswith(prompt)):
             return start + text.index(prompt) + len(prompt)
@@ -242,9 +238,8 @@ def partial_prompt_len(prompt: str, header: str, role_before: str | None) -> int
     """How many characters of the header are a part of the prompt; None: it cannot be known.
 
     The rest of the prompt has to be markup, such as "<think>", or to begin on a line of its own, so that the header is
-    that of the same role; or the part has to name a role and end with markup, as before the name of another channel:
-    "<|start|>assistant<|channel|>". A message that continues a turn (after a tool's answer) may have no words for a
-    header."""
+    that of the same role; or the part has to name a role and end with markup, as in "<|start|>assistant<|channel|>". A
+    message that continues a turn (after a tool's answer) may have no words for a header."""
     pieces = re.findall(r"<[^<>\s]*>|\[[^\[\]\s]*\]|\w+|\s|.", prompt.lstrip())
     kept = header[: len(header) - len(header.lstrip())]
     while pieces and header.startswith(kept + pieces[0]):
@@ -317,10 +312,9 @@ def tagged_spans(chat: Chat) -> list[tuple[int, int, int]]:
 def encode(tokenizer, messages, tools=None, chat_template=None, train_on="all") -> Encoded:
     """Token ids of a conversation and, where the assistant speaks, the same ids as labels (elsewhere IGNORE_INDEX).
 
-    The text is tokenized in pieces that begin where the assistant begins to speak, so that the ids before a turn are
-    those that inference feeds for it. `chat_template`: Jinja text; None: the tokenizer's. `train_on`: "all" assistant
-    turns or the "last"; a message's own `"train": false` (or another of `SWITCHES`) always holds. Raises ValueError, as
-    `render`, and where the text lacks what a trained message says."""
+    The text is tokenized in pieces that begin where a turn begins, so that the ids before it are those that inference
+    feeds. `chat_template`: Jinja text; None: the tokenizer's. `train_on`: "all" assistant turns or the "last"; a
+    message's own `SWITCHES` always hold. ValueError: as `render`, or the text lacks what a trained message says."""
     chat_template = chat_template or tokenizer.chat_template
     if not isinstance(chat_template, str):
         raise ValueError("the tokenizer has no chat template (or several); set tokenizer.chat_template")
@@ -368,76 +362,82 @@ def adapt(tokenizer, chat_template: str, messages: list[dict]) -> list[dict]:
     """The messages as the template takes them: contents as text or in blocks, arguments as objects or as JSON text."""
     adapted = [dict(message) for message in messages]
     for message in adapted:
-        content, types = message.get("content"), accepted(tokenizer, chat_template, message.get("role"))
-        if isinstance(content, list) and list not in types:
-            message["content"] = "".join(block["text"] for block in content)
-        elif not isinstance(content, list):
-            message["content"] = as_blocks(content or "") if types == {list} else content or ""
-        if message.get("tool_calls") and accepted(tokenizer, chat_template, "tool_calls") == {str}:
-            message["tool_calls"] = copy.deepcopy(message["tool_calls"])
+        content = text_of(message)
+        in_blocks = takes_blocks(tokenizer, chat_template, message.get("role"))
+        if message.get("tool_calls"):
+            empty, kind = call_form(tokenizer, chat_template)
+            content, message["tool_calls"] = content or empty, copy.deepcopy(message["tool_calls"])
             for function in [call.get("function", call) for call in message["tool_calls"]]:
-                if isinstance(function.get("arguments"), dict):
+                if kind is str and isinstance(function.get("arguments"), dict):
                     function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+        message["content"] = [{"type": "text", "text": content or ""}] if in_blocks else content
     return adapted
 
 
-def as_blocks(text: str) -> list[dict]:
-    return [{"type": "text", "text": text}]
+def text_of(message: dict) -> str:
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(block["text"] for block in content)
 
 
 @functools.lru_cache(maxsize=256)
-def accepted(tokenizer, chat_template: str, part: str) -> set[type]:
-    """As what the template prints the content of a role (str, or list: blocks), or the arguments of "tool_calls" (dict,
-    or str: JSON text). Given another type, templates fail, print nothing, or print its `str`."""
-    found, values = set(), ({"text": "said"}, '{"text": "said"}')
-    for value in values if part == "tool_calls" else ("said", as_blocks("said")):
-        question = {"role": "user", "content": as_blocks("Hi") if isinstance(value, list) else "Hi"}
-        call = {"id": "a23456789", "type": "function", "function": {"name": "f", "arguments": value}}
-        calling = {"role": "assistant", "content": "", "tool_calls": [call]}
-        probed = calling if part == "tool_calls" else {"role": part, "content": value}
-        messages = {"user": [probed], "system": [probed, question]}.get(part, [question, probed])
+def takes_blocks(tokenizer, chat_template: str, role: str) -> bool:
+    """Whether the template prints a role's content only if it comes in blocks: given text, it fails or prints none."""
+    printed = []
+    for content in (lambda text: text), (lambda text: [{"type": "text", "text": text}]):
+        question, probed = {"role": "user", "content": content("Hi")}, {"role": role, "content": content("said")}
+        messages = {"user": [probed], "system": [probed, question]}.get(role, [question, probed])
         chat = Chat(chat_template, messages, None, tokenizer.special_tokens_map)
-        pattern = {list: "(?<!text.: .)said", dict: "(?<!text': ')said", str: re.escape(str(value))}[type(value)]
-        if re.search(pattern, "".join(chat.try_chunks(chat.messages, False) or [])):
-            found.add(type(value))
-    return found
+        printed.append(re.search("(?<!text.: .)said", "".join(chat.try_chunks(chat.messages, False) or [])))
+    return bool(printed[1] and not printed[0])
+
+
+@functools.lru_cache(maxsize=64)
+def call_form(tokenizer, chat_template: str) -> tuple[str | None, type]:
+    """With which content of a message that only calls (None or ""), and as what (dict, or str: JSON text), the template
+    prints the arguments of a call. Given others, templates fail, print nothing, or print them as Python does."""
+    for content, arguments in itertools.product((None, ""), ({"text": "said"}, '{"text": "said"}')):
+        call = {"id": "a23456789", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content, "tool_calls": [call]}]
+        chat = Chat(chat_template, messages, None, tokenizer.special_tokens_map)
+        text = "".join(chat.try_chunks(chat.messages, False) or [])
+        prints = arguments in text if isinstance(arguments, str) else re.search("(?<!text': ')said", text)
+        if prints and not (content is None and re.search("None|null", text)):
+            return content, type(arguments)
+    return "", dict
 
 
 def check_said(chat: Chat, i: int):
     """Raises ValueError if the text does not have what message i says. Two things may be missing, as templates leave
     them out on purpose: reasoning, if something else is printed, and a part of the content."""
-    message, content = chat.messages[i], chat.messages[i]["content"]
+    message, content = chat.messages[i], text_of(chat.messages[i])
     calls = [call.get("function", call) for call in message.get("tool_calls") or []]
     own = [(s, chat.text[s.start : s.end]) for s in chat.segments if s.printer == i]
-    said = "".join(text if s.source == i and text.lower() != message["role"] else "\0" for s, text in own)
+    said = "".join("\0" if s.source != i or (s.is_label and t.lower() == message["role"]) else t for s, t in own)
     has_none = any("None" in text for s, text in own if s.source != i)
-    for value in walk(message):
-        is_object = isinstance(value, (dict, list)) and str(value) in said
+    for value in tracing.walk(message):
+        is_object = isinstance(value, (dict, list)) and str(value) in said and str(value) not in content
         if has_none if value is None else is_object and str(value) != json.dumps(value, ensure_ascii=False):
             raise ValueError(f"messages[{i}]: the chat template prints {str(value)[:60]!r}, as Python writes it; {FIX}")
-    texts = [("tool_calls", value) for call in calls for value in walk([call.get("name"), call.get("arguments")])]
-    texts += [("content", block["text"]) for block in (as_blocks(content) if isinstance(content, str) else content)]
-    texts.append(("reasoning_content", message.get("reasoning_content")))
-    missing = {"tool_calls" for c in calls if isinstance(c.get("arguments"), str) and c["arguments"] not in said}
+    values = [value for call in calls for value in tracing.walk([call.get("name"), call.get("arguments")])]
+    texts = [("tool_calls", text) for text in values if isinstance(text, str)]
+    texts += [("reasoning_content", text) for text in [message.get("reasoning_content")] if text]
+    prints = any(s.source == i and not s.is_label and text.strip() for s, text in own)
+    is_left_out = content.strip() and (texts or content.strip() not in said)
+    if is_left_out and prints:  # Another part may have the same text. Does another content change what is printed?
+        other = {**message, "content": "?" if isinstance(message["content"], str) else [{"type": "text", "text": "?"}]}
+        chunks = chat.try_chunks([*chat.messages[:i], other, *chat.messages[i + 1 :]], False)
+        is_left_out = chunks is not None and "".join(chunks) == chat.text
+    missing = {"content"} if is_left_out else set()
+    missing |= {"tool_calls" for c in calls if isinstance(c.get("arguments"), str) and c["arguments"] not in said}
     # A text may be a part of another: the longest is looked for first, and what is found counts once.
-    for part, text in sorted((each for each in texts if isinstance(each[1], str)), key=lambda each: -len(each[1])):
-        form = next((form for form in (text.strip(), json.dumps(text, ensure_ascii=False)[1:-1]) if form in said), None)
-        missing |= {part} if form is None else set()
-        said = said.replace(form or "", "\0", 1)
-    if calls or any(s.source == i and not s.is_label and text.strip() for s, text in own):
+    for part, text in sorted(texts, key=lambda each: -len(each[1])):
+        forms = text.strip(), json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]
+        form = next((form for form in forms if form in said), None)
+        missing, said = missing | ({part} if form is None else set()), said.replace(form or "", "\0", 1)
+    if calls or prints:
         missing.discard("reasoning_content")
-        if "content" in missing:  # If the text depends on it, a part is printed.
-            other = {**message, "content": "?" if isinstance(content, str) else as_blocks("?")}
-            chunks = chat.try_chunks([*chat.messages[:i], other, *chat.messages[i + 1 :]], False)
-            missing -= {"content"} if chunks is None or "".join(chunks) != chat.text else set()
     if missing:
         raise ValueError(f"messages[{i}]: the chat template leaves out {' and '.join(sorted(missing))}; {FIX}")
-
-
-def walk(value) -> list:
-    """A JSON value and all that is in it, the keys of objects too."""
-    items = itertools.chain(*value.items()) if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [value, *itertools.chain(*map(walk, items))]
 
 
 def with_bos(tokenizer, chat_template: str) -> str:

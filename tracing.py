@@ -5,8 +5,7 @@ says whose value the characters are, and which message the template was processi
 two, templates.py finds out what is trained; docs/masks.md works an example through.
 
 Adding, cutting, splitting, joining and replacing texts is followed character by character. The result of any other
-operation gets one tag for all of it (`approximate`). None turns the text of a message into text of the template: at
-worst it is UNTRACKED, and then the conversation is refused.
+operation gets one tag for all of it, at worst UNTRACKED, with which the conversation is refused (`approximate`).
 """
 
 import functools
@@ -206,21 +205,27 @@ class List(list):
     tag = Tag(TOOLS)
 
 
-def traced(value, tag: Tag):
+def traced(value, tag: Tag, labels=LABELS):
     """A copy of a JSON value in which all strings, dicts and lists have the tag (or that of a label)."""
     if isinstance(value, str):
         return Traced(value, [(len(value), tag)] if value else [])
     if isinstance(value, dict):
         label, copy = Tag(tag.source, True), Dict()
         for key, item in value.items():
-            item_tag = Tag(TOOLS) if key in TOOL_ANSWERS else label if key in LABELS else tag
-            copy[traced(key, label)] = traced(item, item_tag)
+            item_tag = Tag(TOOLS) if labels and key in TOOL_ANSWERS else label if key in labels else tag
+            copy[traced(key, label)] = traced(item, item_tag, () if key == "arguments" else labels)
     elif isinstance(value, (list, tuple)):
-        copy = List(traced(item, tag) for item in value)
+        copy = List(traced(item, tag, labels) for item in value)
     else:
         return value
     copy.tag = tag
     return copy
+
+
+def walk(value) -> list:
+    """A JSON value and all that is in it, the keys of objects too."""
+    items = itertools.chain(*value.items()) if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [value, *itertools.chain(*map(walk, items))]
 
 
 def tags_in(value) -> set[Tag]:

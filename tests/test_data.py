@@ -244,7 +244,6 @@ def test_a_format_that_is_named_decides_between_two(tmp_path):
         ({"prompt": "a", "completion": 3}, r"messages\[1\]: the content is '3'"),
         ({"prompt": "a", "completion": "b", "label": False}, "'label' = False"),
         ({"prompt": "a", "completion": "b", "input": "c"}, "'input' = 'c'"),
-        ({"prompt": "a", "completion": [ANSWER]}, "AttributeError"),
         ({"instruction": 3, "output": "b"}, r"messages\[0\]: the content is '3'"),
         ({"instruction": 3, "input": "a", "output": "b"}, "TypeError"),
         ({"instruction": "a", "output": "b", "history": [["a", "b", "c"]]}, "too many values to unpack"),
@@ -252,8 +251,14 @@ def test_a_format_that_is_named_decides_between_two(tmp_path):
         ({"conversations": [{"from": "human", "value": None}]}, r"messages\[0\]: the content is 'None'"),
         ({"conversations": ["a"]}, r"messages is .*'a'.*, not a list of objects"),
         ({"conversations": [{"from": "function_call", "value": "{"}]}, "JSONDecodeError"),
-        ({"conversations": [{"from": "function_call", "value": "[5]"}]}, "TypeError"),
-        ({"conversations": [{"from": "function_call", "value": "{}"}]}, "KeyError: 'name'"),
+        ({"conversations": [{"from": "function_call", "value": "[5]"}]}, "tool_calls"),
+        ({"conversations": [{"from": "function_call", "value": "{}"}]}, "tool_calls.* a name"),
+        (
+            {"conversations": [{"from": "function_call", "value": '{"name": "f", "args": {"x": 1}}'}]},
+            "tool_calls.*args",
+        ),
+        ({"instruction": "a", "output": "b", "history": [{"user": "q", "assistant": "a"}]}, "KeyError"),
+        ({"prompt": "a", "completion": "b", "loss": False}, "'loss' = False"),
     ],
 )
 def test_a_wrong_row_is_refused_with_its_place_and_the_reason(tmp_path, row, reason):
@@ -480,3 +485,32 @@ def test_the_weight_of_a_row_is_that_of_each_message(tmp_path):
     assert [templates.is_trained(answer, 1) for answer in answers[:3]] == [False, True, True]
     with pytest.raises(ValueError, match='"weight" is 0.5'):
         templates.is_trained(answers[3], 1)
+
+
+def test_a_turn_of_sharegpt_keeps_all_its_keys_and_calls_may_be_objects(tmp_path):
+    call = {"name": "f", "parameters": {"x": 1}}  # as Llama writes them
+    turns = [
+        {"from": "human", "value": "a"}, {"from": "function_call", "value": call},
+        {"from": "observation", "value": "1"}, {"from": "gpt", "value": "b", "loss": False, "reasoning_content": "c"},
+        {"from": "gpt", "value": "", "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}'}}]},
+    ]  # fmt: skip
+    path = write(tmp_path / "rows.jsonl", {"conversations": turns})
+    messages = data.read_conversation(read(path), 0, "rows")["messages"]
+    called = [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+    assert messages[1] == {"role": "assistant", "content": "", "tool_calls": called}
+    assert messages[3] == {"role": "assistant", "content": "b", "loss": False, "reasoning_content": "c"}
+    assert messages[4] == {"role": "assistant", "content": "", "tool_calls": called}
+
+
+def test_a_prompt_may_be_text_and_its_completion_messages(tmp_path):
+    path = write(tmp_path / "rows.jsonl", {"prompt": "a", "completion": [ANSWER]})
+    assert conversations(read(path)) == [{"messages": [{"role": "user", "content": "a"}, ANSWER]}]
+
+
+@pytest.mark.parametrize("others", [{"arguments": 0}, {"arguments": {}, "input": {"x": 1}}, {"args": {"x": 1}}])
+def test_a_call_with_what_is_not_read_is_refused(others):
+    call = {"type": "function", "function": {"name": "f", **others}}
+    for calls in ([call], [{"name": "f", **others}], [{"type": "function", "function": {"name": "f"}, **others}]):
+        row = {"messages": [ASK, {**ANSWER, "tool_calls": calls}]}
+        with pytest.raises(ValueError, match=r"messages\[1\]: tool_calls"):
+            data.normalize(row)

@@ -453,7 +453,7 @@ def test_each_role_gets_text_or_blocks_as_the_template_takes_them():
     for template, of_text, of_blocks in (
         (chatml("{{ m.content }}"), ["One?", "First."], ["One?", "First."]),
         (chatml(loop), ["One?;", "First.;"], ["One?;", "First.;"]),
-        (for_user, ["One?;", "First."], ["One?;", "First."]), (either, ["One?", "First."], ["One?;", "First.;"]),
+        (for_user, ["One?;", "First."], ["One?;", "First."]), (either, ["One?", "First."], ["One?", "First."]),
     ):  # fmt: skip
         for messages, expected in ((CHAT[1:3], of_text), (blocks, of_blocks)):
             text = tokenizer.decode(templates.encode(tokenizer, messages, None, template).input_ids)
@@ -512,3 +512,49 @@ def test_arguments_that_are_text_are_not_trained_escaped():
     messages = [QUESTION, calling('{"place": "Oslo"}', content="")]
     with pytest.raises(ValueError, match=r"messages\[1\]: .*tool_calls"):
         templates.encode(AutoTokenizer.from_pretrained("configs/quickstart"), messages, None, CALLS["as JSON"][0])
+
+
+AS_XML = chatml(
+    "{{ m.content }}{% for c in m.tool_calls or [] %}<f={{ c.function.name }}>"
+    "{% for k, v in c.function.arguments.items() %}<p={{ k }}>{{ v }}</p>{% endfor %}</f>{% endfor %}"
+)
+ONLY_A_CALL = chatml(
+    "{% if m.content is none %}{% for c in m.tool_calls %}<c>{{ c.function.name }}{{ c.function.arguments }}</c>"
+    "{% endfor %}{% else %}{{ m.content }}{% endif %}"
+)
+EMPTY_TURN = chatml(
+    "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}"
+    "{% if m.content is not none %}<answer>{{ m.content }}{% endif %}"
+)
+TWO_BLOCKS = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+
+
+@pytest.mark.parametrize(
+    "template, said, trained",
+    [
+        (AS_XML, calling({"role": "assistant"}), "<f=look_up><p=role>assistant</p></f>"),
+        (ONLY_A_CALL, calling({"x": 1}), '<c>look_up{"x": 1}</c>'),
+        (EMPTY_TURN, calling({"x": 1}), '{"name": "look_up", "arguments": {"x": 1}}'),
+        (
+            chatml("{{ m.content if m.content is string else m.content[0].text }}"),
+            {**ANSWER, "content": TWO_BLOCKS},
+            "one two",
+        ),
+        (CALLS["as JSON"][0], calling({"x": ["a"]}, content="x = ['a']."), None),
+        (CALLS["as JSON"][0], calling({"tool_response": "x"}), 'look_up {"tool_response": "x"}'),
+        (CALLS["as JSON"][0].replace("tojson", "tojson(ensure_ascii=True)"), calling({"q": "Zürich"}), None),
+    ],
+)
+def test_what_a_message_says_is_found_where_the_template_prints_it(template, said, trained):
+    tokenizer = AutoTokenizer.from_pretrained("configs/quickstart")
+    encoded = templates.encode(tokenizer, [*CHAT[:2], said], None, template)
+    text = tokenizer.decode([label for label in encoded.labels if label != -100])
+    assert text.endswith("<|im_end|>") and (trained is None or text == f"{trained}<|im_end|>")
+
+
+@pytest.mark.parametrize("content, arguments", [("1", {"n": 12}), ("name", {"n": 1}), ("arguments", {})])
+def test_a_content_is_not_found_in_the_numbers_and_keys_of_a_call(content, arguments):
+    template = CALLS["as JSON"][0].replace("m.content", "'' if m.tool_calls else m.content")
+    tokenizer = AutoTokenizer.from_pretrained("configs/quickstart")
+    with pytest.raises(ValueError, match=r"messages\[2\]: .*content"):
+        templates.encode(tokenizer, [*CHAT[:2], calling(arguments, content=content)], None, template)
