@@ -393,17 +393,17 @@ def takes_blocks(tokenizer, chat_template: str, role: str) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def call_form(tokenizer, chat_template: str) -> tuple[str | None, type]:
-    """With which content of a message that only calls (None or ""), and as what (dict, or str: JSON text), the template
-    prints the arguments of a call. Given others, templates fail, print nothing, or print them as Python does."""
-    for content, arguments in itertools.product((None, ""), ({"text": "said"}, '{"text": "said"}')):
+    """With which content of a message that only calls ("" or None), and as what (dict, or str: JSON text), the template
+    prints the arguments of a call: as objects if it can, and with the least besides."""
+    found = {}
+    for content, arguments in itertools.product(("", None), ({"text": "said"}, '{"text": "said"}')):
         call = {"id": "a23456789", "type": "function", "function": {"name": "f", "arguments": arguments}}
         messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content, "tool_calls": [call]}]
         chat = Chat(chat_template, messages, None, tokenizer.special_tokens_map)
         text = "".join(chat.try_chunks(chat.messages, False) or [])
-        prints = arguments in text if isinstance(arguments, str) else re.search("(?<!text': ')said", text)
-        if prints and not (content is None and re.search("None|null", text)):
-            return content, type(arguments)
-    return "", dict
+        if arguments in text if isinstance(arguments, str) else re.search("(?<!text': ')said", text):
+            found[content, type(arguments)] = (isinstance(arguments, str), len(text))
+    return min(found, key=found.get, default=("", dict))
 
 
 def check_said(chat: Chat, i: int):
