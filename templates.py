@@ -366,10 +366,11 @@ def adapt(tokenizer, chat_template: str, messages: list[dict]) -> list[dict]:
         in_blocks = takes_blocks(tokenizer, chat_template, message.get("role"))
         if message.get("tool_calls"):
             empty, kind = call_form(tokenizer, chat_template)
-            content, message["tool_calls"] = content or empty, copy.deepcopy(message["tool_calls"])
-            for function in [call.get("function", call) for call in message["tool_calls"]]:
-                if kind is str and isinstance(function.get("arguments"), dict):
+            content, calls = content or empty, copy.deepcopy(message["tool_calls"]) if kind is str else []
+            for function in [call.get("function", call) for call in calls]:
+                if isinstance(function.get("arguments"), dict):
                     function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+            message["tool_calls"] = calls or message["tool_calls"]
         message["content"] = [{"type": "text", "text": content or ""}] if in_blocks else content
     return adapted
 

@@ -64,8 +64,7 @@ def find_stop_ids(tokenizer, examples: "TokenizedDataset") -> list[int]:
     for i in [i for i in examples.first(1000) if examples.lengths[i] < examples.max_seq_length]:  # not truncated
         _, labels = examples[i]
         ends.append(int(labels[labels != templates.IGNORE_INDEX][-1]))
-    eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    return list(dict.fromkeys([end for end in ends if end in special] + eos))
+    return list(dict.fromkeys(end for end in [*ends, tokenizer.eos_token_id] if end in special))
 
 
 # ---- tokenized once --------------------------------------------------------------------------------------------------
@@ -97,10 +96,10 @@ def tokenize(rows, name: str, tokenizer, chat_template: str, train_on: str, cach
     """The files with the tokens of all rows, in order, made now or found in `cache`. Any change to rows, template,
     tokenizer, options or the code makes other files. Raises ValueError with place and reason for a bad row."""
     global job
-    special = [str(tokenizer.special_tokens_map), str(tokenizer.init_kwargs.get("add_bos_token"))]
     code = [Path(module.__file__).read_text("utf-8") for module in (sys.modules[__name__], data, templates, tracing)]
     today = str(date.today()) if "strftime_now" in chat_template else ""
-    parts = [fingerprint(rows), chat_template, tokenizer.backend_tokenizer.to_str(), *special, train_on, today, *code]
+    made_by = [tokenizer.backend_tokenizer.to_str(), str(tokenizer.special_tokens_map), *code]
+    parts = [fingerprint(rows), chat_template, train_on, today, *made_by]
     key = hashlib.sha256(b"".join(hashlib.sha256(part.encode()).digest() for part in parts)).hexdigest()[:32]
     cache.mkdir(parents=True, exist_ok=True)
     parallel = sys.platform == "linux" and workers > 1 and len(rows) > 1000

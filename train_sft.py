@@ -140,13 +140,13 @@ def train(
         loss, grad_norm = loss / trained_tokens, float(norm)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {grad_norm}; lower train.learning_rate")
+        rate = learning_rate(cfg.train, step, steps)
         for parameters in optimizer.param_groups:
-            parameters["lr"] = learning_rate(cfg.train, step, steps)
+            parameters["lr"] = rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         if tracker:
-            rate = optimizer.param_groups[0]["lr"]
             metrics = {"train/loss": loss, "train/grad_norm": grad_norm, "train/learning_rate": rate}
             metrics |= {"train/supervised_tokens": trained_tokens, "train/tokens": step_tokens}
             metrics["train/tokens_per_second"] = step_tokens / (time.perf_counter() - clock)
