@@ -88,6 +88,7 @@ def preview(cfg, options, report: dict, samples: list[tuple[str, str]]):
                 if (examples := open_split(prepared, split, cfg.data)) is not None:
                     examples.check(split)
                     report[split], hashes[split] = split_metrics(cfg, tokenizer, examples)
+                    report["notes"] += [f"{split}: {note}" for note in examples.notes]
                     splits[split] = examples
     if examples := splits.get("train"):
         report["stop_tokens"] = tokenizer.convert_ids_to_tokens(find_stop_ids(tokenizer, examples))
@@ -185,10 +186,6 @@ def batch_metrics(cfg, examples, world_size: int) -> dict:
 def judge(cfg, report: dict):
     """Add what the metrics mean for the run to the notes and problems."""
     notes = report["notes"]
-    for split in ("train", "validation"):
-        if n := report.get(split, {}).get("turns_without_end_token"):
-            turns = f"{n:,} of {report[split]['trained_turns']:,} trained turns"
-            notes.append(f"{split}: {turns} end in no special token: the model does not learn to stop there")
     if cfg.train.warmup_steps >= report.get("batches", {}).get("steps", math.inf):
         notes.append(f"train.warmup_steps = {cfg.train.warmup_steps}: the run ends before the full learning rate")
     needs = report.get("memory")

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jinja2
 import tokenizers
 
+import spans
 import tracing
 
 IGNORE_INDEX = -100
@@ -49,9 +50,9 @@ def render_turns(chat_template, messages, tools=None, **variables) -> tuple["Cha
     chat = Chat(chat_template, messages, tools, variables)
     chat.render()
     if chat.has_tags:
-        turns = tagged_spans(chat)
+        turns = spans.tagged_spans(chat)
     else:
-        turns = [span for i in chat.assistants for span in turn_spans(chat, i)]
+        turns = [span for i in chat.assistants for span in spans.turn_spans(chat, i)]
     turns.sort(key=lambda turn: turn[1])
     for k, (i, start, end) in enumerate(turns[:-1]):
         # White space that a turn prints before the next turn begins, as between two messages of the assistant, is its
@@ -85,10 +86,15 @@ class Chat:
         self.traced_tools = tracing.traced(tools, tracing.Tag(tracing.TOOLS))
         self.assistants = [i for i, message in enumerate(self.messages) if message.get("role") == "assistant"]
         self.now = datetime.now()  # the same in all renderings: some templates print the time
+        self.prompts_of, self.prints_date = {}, False
+
+    def strftime(self, format: str) -> str:
+        self.prints_date = True
+        return self.now.strftime(format)
 
     def chunks(self, template: jinja2.Template, messages, tools, add_generation_prompt: bool) -> list[str]:
         """What a template prints, piece by piece."""
-        variables = {**self.variables, "strftime_now": self.now.strftime, "messages": messages, "tools": tools}
+        variables = {**self.variables, "strftime_now": self.strftime, "messages": messages, "tools": tools}
         variables["add_generation_prompt"] = add_generation_prompt
         try:
             return list(template.root_render_func(template.new_context(variables)))
@@ -142,6 +148,12 @@ class Chat:
         found = {tracing.untagged_suffix(tracing.joined(with_prompt)), on_request} - {""}
         return full_prompt, sorted(found, key=len, reverse=True)
 
+    def prompts_before(self, i: int) -> tuple[str, list[str] | None]:
+        """The generation prompts for an answer in place of message i."""
+        if i not in self.prompts_of:
+            self.prompts_of[i] = self.generation_prompts(self.traced[:i])
+        return self.prompts_of[i]
+
     @functools.cached_property
     def default_prompts(self) -> list[str] | None:
         """What may be the prompt after a single question, which is found once for a template and its variables."""
@@ -170,142 +182,6 @@ def normalize_message(message: dict) -> dict:
     return {"thinking": fields[0], **message, "reasoning_content": fields[0]} if fields else message
 
 
-# ---- trained spans ---------------------------------------------------------------------------------------------------
-
-
-def turn_spans(chat: Chat, i: int) -> list[tuple[int, int, int]]:
-    """The trained spans of assistant message i: one, or several where answers of tools stand within its turn."""
-    own = [k for k, segment in enumerate(chat.segments) if segment.printer == i]
-    for segment in chat.segments:
-        if segment.printer != i and segment.source == i and not segment.is_label:
-            chat.refuse(i, "what the assistant says is printed where another message is due", segment.start)
-    if not own:
-        return []  # the template drops this message
-    start, spans = turn_start(chat, i, own[0]), []
-    for segment in chat.segments[own[0] : own[-1] + 1]:
-        if segment.printer == i:
-            if segment.source not in (tracing.LITERAL, i):
-                chat.refuse(i, "the turn has a text that is not the assistant's", segment.start)
-            if spans and spans[-1][1] == segment.start:
-                spans[-1][1] = segment.end
-            elif segment.end > start:
-                spans.append([max(start, segment.start), segment.end])
-        elif segment.printer == tracing.NONE or chat.messages[segment.printer].get("role") not in ("tool", "function"):
-            chat.refuse(i, "the turn contains text that is not part of it", segment.start)
-    if spans:
-        spans[-1][1] = turn_end(chat, i, own, spans[-1][0])
-    return [(i, start, end) for start, end in spans if start < end]
-
-
-def turn_start(chat: Chat, i: int, first: int) -> int:
-    """Where the generation prompt ends in the turn of message i, whose first segment has the index `first`.
-
-    It is looked for in the header: what the message prints before its content. The first rule that holds decides."""
-    own = list(itertools.takewhile(lambda segment: segment.printer == i, chat.segments[first:]))
-    start, end = own[0].start, own[-1].end
-    content = next((segment.start for segment in own if segment.source == i and not segment.is_label), end)
-    text, header = chat.text[start:end], chat.text[start:content]
-    # 1. The header begins with the prompt that follows a question: with ChatML it is "<|im_start|>assistant\n".
-    default = chat.default_prompts
-    if prompt := next(filter(header.startswith, default or []), ""):
-        return start + len(prompt)
-    full_prompt, here = chat.generation_prompts(chat.traced[:i])
-    # 2. The message begins with the prompt that follows what stands before it: the content may begin as a prompt ends,
-    #    with "<think>\n". White space before the prompt may have been printed earlier, or be fed only. Or the prompt
-    #    stands further on, behind BOS: "<|begin_of_text|><|start_header_id|>assistant<|end_header_id|>\n\n".
-    for prompt in map(str.lstrip, [*(here or []), *(default or [])]):
-        if re.search(r"\w", prompt) and (header.count(prompt) == 1 or text.lstrip().startswith(prompt)):
-            return start + text.index(prompt) + len(prompt)
-    # 3. All that inference feeds for an answer to the messages before ends here, or in the message. The SQuAD template
-    #    prints "Answer:" with the question already, and adds nothing on request.
-    if full_prompt and chat.text.startswith(full_prompt) and start <= len(full_prompt) <= end:
-        return len(full_prompt)
-    if default is None and here is None:
-        chat.refuse(i, "the template writes no generation prompt for this conversation or for a question", start)
-    # 4. The template has no prompt, so that the model has to write the header too: "ASSISTANT: Hi</s>".
-    if here == [] or not (here or default):
-        return start
-    # 5. The header begins with a part of the prompt. With Qwen3.5 the prompt is "<|im_start|>assistant\n<think>\n", but
-    #    the turns before the last question have no "<think>\n".
-    for prompt in here or default:
-        length = partial_prompt_len(prompt, header, chat.messages[i - 1].get("role") if i else None)
-        if length is not None:
-            return start + length
-    chat.refuse(i, f"the header cannot be separated from what follows (the generation prompt is {prompt!r})", start)
-
-
-def partial_prompt_len(prompt: str, header: str, role_before: str | None) -> int | None:
-    """How many characters of the header are a part of the prompt; None: it cannot be known.
-
-    The rest of the prompt has to be markup, such as "<think>", or to begin on a line of its own, so that the header is
-    that of the same role; or the part has to name a role and end with markup, as in "<|start|>assistant<|channel|>". A
-    message that continues a turn (after a tool's answer) may have no words for a header."""
-    pieces = re.findall(r"<[^<>\s]*>|\[[^\[\]\s]*\]|\w+|\s|.", prompt.lstrip())
-    kept = header[: len(header) - len(header.lstrip())]
-    while pieces and header.startswith(kept + pieces[0]):
-        kept += pieces.pop(0)
-    rest = "".join(pieces).strip()
-    has_words = re.search(r"\w", re.sub(r"<[^<>]*>", "", kept if kept.strip() else header))
-    if not kept.strip():
-        return 0 if role_before in ("assistant", "tool", "function") and not has_words else None
-    names_role = has_words or "assistant" in kept
-    return len(kept) if not rest or rest[0] in "<[" or kept[-1] == "\n" or (names_role and kept[-1] in ">]") else None
-
-
-def turn_end(chat: Chat, i: int, own: list[int], start: int) -> int:
-    """Where the last span of message i ends, which begins at `start`; `own` are the indices of its segments."""
-    segments, last = chat.segments, own[-1]
-    end = segments[last].end
-    value_end = next((segments[k].end for k in reversed(own) if segments[k].source != tracing.LITERAL), start)
-    closing = chat.text[max(start, value_end) : end]
-    # 1. The message prints an end-of-turn text after its values. White space behind that only separates turns: of
-    #    "<|im_end|>\n" the line break is not trained. After a call it may be only the end of the call, "]".
-    behind = end
-    if closing.strip():
-        end -= len(closing) - len(closing.rstrip())
-        if not chat.messages[i].get("tool_calls") or chat.closes_answer(i):
-            return end
-    stop = next((segment.start for segment in segments[last + 1 :] if segment.source != tracing.LITERAL), None)
-    after = chat.text[behind:stop]
-    # 2. The text behind the turn is EOS, printed together with the next message: "Hi", then "</s>USER: ...".
-    eos = chat.variables.get("eos_token")
-    if eos and after.lstrip().startswith(eos):
-        return behind + after.index(eos) + len(eos)
-    # 3. The text behind it closes every conversation: "Hi", then "<|endofchat|>" after the loop over the messages. It
-    #    is no generation prompt, which some templates print in every case.
-    if after.strip():
-        suffix = tracing.untagged_suffix(tracing.joined(chat.traced_chunks(chat.traced[: i + 1], False)))
-        is_prompt = any(suffix.endswith(prompt) for prompt in chat.default_prompts or [])
-        if suffix.strip() and after.startswith(suffix) and not is_prompt:
-            return behind + len(suffix.rstrip())
-    # 4. Nothing ends the turn ("Hi", then "USER: ..."), and `encode` adds EOS.
-    return end
-
-
-def tagged_spans(chat: Chat) -> list[tuple[int, int, int]]:
-    """The spans of the template's own {% generation %} blocks, which may hold only what assistant messages print."""
-    spans = []
-    for segment in chat.segments:
-        if not segment.block:
-            continue
-        i = segment.printer
-        if i == tracing.NONE and chat.assistants:  # an end of the turn that is printed behind the loop
-            i = chat.assistants[-1]
-        if i not in chat.assistants:
-            chat.refuse(None, "a {% generation %} block holds text that is not an assistant's", segment.start)
-        if segment.source not in (tracing.LITERAL, i):
-            chat.refuse(i, "a {% generation %} block holds a text of another message", segment.start)
-        if spans and spans[-1][0] == i and spans[-1][2] == segment.start and spans[-1][3] == segment.block:
-            spans[-1][2] = segment.end
-        else:
-            spans.append([i, segment.start, segment.end, segment.block])
-    for span in spans:
-        # Some templates begin the block before the header, which inference feeds.
-        prompts = [p for p in chat.default_prompts or [] if chat.text.startswith(p, span[1], span[2] - 1)]
-        span[1] += len(prompts[0]) if prompts else 0
-    return [tuple(span[:3]) for span in spans]
-
-
 # ---- tokens ----------------------------------------------------------------------------------------------------------
 
 
@@ -315,6 +191,11 @@ def encode(tokenizer, messages, tools=None, chat_template=None, train_on="all") 
     The text is tokenized in pieces that begin where a turn begins, so that the ids before it are those that inference
     feeds. `chat_template`: Jinja text; None: the tokenizer's. `train_on`: "all" assistant turns or the "last"; a
     message's own `SWITCHES` always hold. ValueError: as `render`, or the text lacks what a trained message says."""
+    return encode_with_notes(tokenizer, messages, tools, chat_template, train_on)[0]
+
+
+def encode_with_notes(tokenizer, messages, tools, chat_template, train_on="all") -> tuple[Encoded, list[str]]:
+    """As `encode`; and what is trained as it is but may surprise, as "kind: example" (see `notes_of`)."""
     chat_template = chat_template or tokenizer.chat_template
     if not isinstance(chat_template, str):
         raise ValueError("the tokenizer has no chat template (or several); set tokenizer.chat_template")
@@ -324,8 +205,7 @@ def encode(tokenizer, messages, tools=None, chat_template=None, train_on="all") 
         raise ValueError("the chat template prints nothing of what the assistant says")
     text, chosen = chat.text, chat.assistants if train_on == "all" else chat.assistants[-1:]
     chosen = [i for i in chosen if is_trained(messages[i], i)]
-    for i in chosen:
-        check_said(chat, i)
+    notes = notes_of(tokenizer, chat, turns, chosen) + [note for i in chosen for note in check_said(chat, i)]
     if lacks_bos(tokenizer, text):
         shift = len(tokenizer.bos_token)
         text, turns = tokenizer.bos_token + text, [(i, start + shift, end + shift) for i, start, end in turns]
@@ -345,9 +225,11 @@ def encode(tokenizer, messages, tools=None, chat_template=None, train_on="all") 
             if tokenizer.eos_token_id is None:
                 raise ValueError("the chat template ends the turn with no special token, and the tokenizer has no EOS")
             turn = [*turn, tokenizer.eos_token_id]
+        if i in chosen and turn[-1] not in special_ids(tokenizer):
+            notes.append(f"a trained turn ends in no special token: {text[:end][-20:]!r}")
         pieces += [(turn, i in chosen), (after, False)]
     labels = [label for ids, trained in pieces for label in (ids if trained else [IGNORE_INDEX] * len(ids))]
-    return Encoded([index for ids, _ in pieces for index in ids], labels)
+    return Encoded([index for ids, _ in pieces for index in ids], labels), list(dict.fromkeys(notes))
 
 
 def is_trained(message: dict, i: int) -> bool:
@@ -407,9 +289,10 @@ def call_form(tokenizer, chat_template: str) -> tuple[str | None, type]:
     return min(found, key=found.get, default=("", dict))
 
 
-def check_said(chat: Chat, i: int):
+def check_said(chat: Chat, i: int) -> list[str]:
     """Raises ValueError if the text does not have what message i says. Two things may be missing, as templates leave
-    them out on purpose: reasoning, if something else is printed, and a part of the content."""
+    them out on purpose, and are returned as notes: reasoning, if something else is printed, and a part of the content.
+    """
     message, content = chat.messages[i], text_of(chat.messages[i])
     calls = [call.get("function", call) for call in message.get("tool_calls") or []]
     own = [(s, chat.text[s.start : s.end]) for s in chat.segments if s.printer == i]
@@ -435,10 +318,43 @@ def check_said(chat: Chat, i: int):
         forms = text.strip(), json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]
         form = next((form for form in forms if form in said), None)
         missing, said = missing | ({part} if form is None else set()), said.replace(form or "", "\0", 1)
-    if calls or prints:
-        missing.discard("reasoning_content")
+    notes = []
+    if "reasoning_content" in missing and (calls or prints):
+        missing.remove("reasoning_content")
+        notes.append("the template leaves out reasoning")
+    if "".join(content.split()) not in "".join("".join(text for _, text in own).split()):
+        notes.append(f"the template prints the content in part: {content[:40]!r}")
     if missing:
         raise ValueError(f"messages[{i}]: the chat template leaves out {' and '.join(sorted(missing))}; {FIX}")
+    return notes
+
+
+def notes_of(tokenizer, chat: Chat, turns: list[tuple[int, int, int]], chosen: list[int]) -> list[str]:
+    """What may surprise in a conversation of which the messages `chosen` are trained, as "kind: example"."""
+    notes = ["the template prints the date"] if chat.prints_date else []
+    if chat.tools and not any(segment.source == tracing.TOOLS for segment in chat.segments):
+        notes.append("the template leaves out the tools")
+    for message in chat.messages:
+        if found := special_texts(tokenizer).search(text_of(message)):
+            notes.append(f"a special token is typed in a text of the {message.get('role')}: {found[0]!r}")
+    for i in chosen:
+        message, own = chat.messages[i], [(start, end) for k, start, end in turns if k == i]
+        if not (text_of(message).strip() or message.get("tool_calls") or message.get("reasoning_content")):
+            notes.append("an empty answer is trained")
+        for s in chat.segments if chat.has_tags else []:
+            text = chat.text[s.start : s.end].strip()
+            is_said = s.source == s.printer == i and text and not (s.is_label and text.lower() == "assistant")
+            if is_said and not any(start <= s.start and s.end <= end for start, end in own):
+                notes.append(f"no generation block holds what the assistant says: {text[:40]!r}")
+        # What inference feeds for the last answer, and what stands before it.
+        before = chat.text[: own[0][0]] if own and i == chosen[-1] else ""
+        if before and not any(map(before.endswith, chat.default_prompts or [])):
+            fed, _ = chat.prompts_before(i)
+            if fed and fed != before:
+                common = len(os.path.commonprefix([fed, before]))
+                line = "inference feeds another text before an answer than was trained"
+                notes.append(f"{line}: {fed[common:][:40]!r}, not {before[common:][:40]!r}")
+    return notes
 
 
 def with_bos(tokenizer, chat_template: str) -> str:
@@ -458,6 +374,13 @@ def lacks_bos(tokenizer, text: str) -> bool:
 def puts_bos(tokenizer) -> bool:
     """Whether the tokenizer puts BOS in front of a text."""
     return tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]
+
+
+@functools.lru_cache(maxsize=8)
+def special_texts(tokenizer) -> re.Pattern:
+    """Finds special tokens in a text, of which the tokenizer makes the tokens themselves."""
+    texts = sorted(map(tokenizer.convert_ids_to_tokens, special_ids(tokenizer)), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, texts)) or "(?!)")
 
 
 @functools.lru_cache(maxsize=8)

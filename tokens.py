@@ -1,5 +1,6 @@
 """Conversations tokenized once, cached on disk, and read from memory-mapped files."""
 
+import collections
 import hashlib
 import json
 import os
@@ -15,12 +16,16 @@ import pyarrow.compute
 from transformers import AutoTokenizer
 
 import data
+import spans
 import templates
 import tracing
 
 IDS = datasets.List(datasets.Value("int32"))
 FEATURES = datasets.Features(
-    {"input_ids": IDS, "labels": IDS, "trained_tokens": datasets.Value("int32"), "digest": datasets.Value("binary")}
+    {
+        **{"input_ids": IDS, "labels": IDS, "trained_tokens": datasets.Value("int32")},
+        **{"digest": datasets.Value("binary"), "notes": datasets.List(datasets.Value("string"))},
+    }
 )
 
 
@@ -96,7 +101,8 @@ def tokenize(rows, name: str, tokenizer, chat_template: str, train_on: str, cach
     """The files with the tokens of all rows, in order, made now or found in `cache`. Any change to rows, template,
     tokenizer, options or the code makes other files. Raises ValueError with place and reason for a bad row."""
     global job
-    code = [Path(module.__file__).read_text("utf-8") for module in (sys.modules[__name__], data, templates, tracing)]
+    modules = sys.modules[__name__], data, templates, spans, tracing
+    code = [Path(module.__file__).read_text("utf-8") for module in modules]
     today = str(date.today()) if "strftime_now" in chat_template else ""
     made_by = [tokenizer.backend_tokenizer.to_str(), str(tokenizer.special_tokens_map), *code]
     parts = [fingerprint(rows), chat_template, train_on, today, *made_by]
@@ -123,20 +129,25 @@ def fingerprint(rows) -> str:
     return digest.hexdigest()
 
 
-def encode_row(rows, i: int, name: str, tokenizer, chat_template: str, train_on: str) -> templates.Encoded:
-    """Row i of a split as token ids and labels. Raises ValueError with the row's place and what is wrong with it."""
-    conversation = data.read_conversation(rows, i, name)
+def encode_row(rows, i: int, name: str, tokenizer, chat_template: str, train_on: str):
+    """Row i of a split, as (`templates.Encoded`, notes). Raises ValueError with the row's place and what is wrong."""
+    row = data.read_conversation(rows, i, name)
     with data.at_row(rows, i, name):
-        return templates.encode(tokenizer, conversation["messages"], conversation.get("tools"), chat_template, train_on)
+        encoded, notes = templates.encode_with_notes(
+            tokenizer, row["messages"], row.get("tools"), chat_template, train_on
+        )
+    return encoded, [*notes, *(f"nothing reads the column {column!r}" for column in row.get("unread") or [])]
 
 
 def tokenize_row(row: dict) -> dict:
     """Row i of the split that is tokenized. `row`: its number, as {"i": i}."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # One thread for each worker.
     rows, *options = job
-    input_ids, labels = (np.array(ids, dtype=np.int32) for ids in encode_row(rows, row["i"], *options))
+    encoded, notes = encode_row(rows, row["i"], *options)
+    input_ids, labels = (np.array(ids, dtype=np.int32) for ids in encoded)
     digest = hashlib.sha256(input_ids.tobytes() + labels.tobytes()).digest()
-    return {"input_ids": input_ids, "labels": labels, "trained_tokens": count_trained(labels), "digest": digest}
+    found = {"trained_tokens": count_trained(labels), "digest": digest, "notes": notes}
+    return {"input_ids": input_ids, "labels": labels, **found}
 
 
 def count_trained(labels: np.ndarray) -> int:
@@ -149,11 +160,12 @@ class TokenizedDataset:
 
     For each example: `lengths` and `trained_tokens`, int32 (examples,), and `row_ids`, its row in the split, int64.
     Datasets follow one another: `names`, `weights`, `counts` and `totals` of each. `digest`: of all tokens and labels.
+    `notes`: what may surprise in the rows, one line of each kind with its number of rows.
     `files`: of each, what `tokenize` returned. Raises ValueError for an overlong example if `overlong` is error."""
 
     def __init__(self, files, names=("",), weights=(1.0,), max_seq_length: int = 2**31, overlong: str = "drop"):
         self.names, self.weights, self.max_seq_length = names, weights, max_seq_length
-        self.columns, self.totals, kept = [], [], []
+        self.columns, self.totals, self.notes, kept = [], [], [], []
         digest = hashlib.sha256()
         for name, paths in zip(names, files, strict=True):
             table = datasets.concatenate_datasets([datasets.Dataset.from_file(path) for path in paths]).data
@@ -161,6 +173,11 @@ class TokenizedDataset:
             lengths = pyarrow.compute.list_value_length(input_ids).to_numpy()
             trained = table.column("trained_tokens").to_numpy().copy()  # Else it is read-only.
             digest.update(b"".join(table.column("digest").to_pylist()))
+            rows = collections.defaultdict(list)  # by kind of note: the rows that have it, as "17: example"
+            for row, notes in enumerate(table.column("notes").to_pylist()):
+                for kind, example in {note.partition(": ")[0]: note.partition(": ")[2] for note in notes}.items():
+                    rows[kind].append(f"{row}: {example}" if example else f"{row}")
+            self.notes += [f"{kind} ({len(r):,} rows of {name}; row {r[0]})" for kind, r in rows.items()]
             too_long = lengths > max_seq_length
             if overlong == "error" and too_long.any():
                 row, rule = too_long.argmax(), f"data.max_seq_length = {max_seq_length} or data.overlong = error"

@@ -251,6 +251,8 @@ def load_data(cfg, rank: int, local_rank: int) -> Data:
                     f"{total['tokens']:,} tokens, {total['trained_tokens']:,} of them trained; {total['overlong']:,} "
                     f"overlong ({cfg.data.overlong}), {total['nothing_to_train']:,} skipped (nothing to train)"
                 )
+            if examples.notes:
+                print(f"{split}: {'; '.join(examples.notes)}; see preview.py")
     stop_ids, to_score, count = tokens.find_stop_ids(tokenizer, splits["train"]), None, cfg.validation.exact_match
     if rank == 0 and count:
         to_score, _ = evaluate.eval_examples(mixture, tokenizer, tokenizer.chat_template, stop_ids, count)

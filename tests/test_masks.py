@@ -2,8 +2,11 @@
 
 import pytest
 from test_templates import CHAT, trained_texts
+from transformers import AutoTokenizer
 
 import templates
+
+TOKENIZER = AutoTokenizer.from_pretrained("configs/quickstart")
 
 
 def call(name, call_id, **arguments):
@@ -199,3 +202,41 @@ def test_a_turn_begins_where_the_prompt_names_another_channel(header, prompt, st
     else:
         with pytest.raises(ValueError, match=r"messages\[2\]"):
             templates.render(template, CHAT)
+
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+PROMPT = "{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
+SAID = "{{ m.content }}<|im_end|>"
+OWN_TAGS = "{% if m.content == 'B' %}{% generation %}" + SAID + "{% endgeneration %}{% else %}" + SAID + "{% endif %}"
+
+
+def say(*contents, **last):
+    roles = ("user", "assistant") * 2
+    messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+    return [*messages[:-1], {**messages[-1], **last}]
+
+
+@pytest.mark.parametrize(
+    "template, messages, named",
+    [
+        (CHATML + PROMPT, say("Q", "A", "Q", "B"), []),
+        (CHATML + PROMPT.replace("nt\n", "nt\n<think>"), say("Q", "A", "Q", "B"), ["inference feeds", "<think>"]),
+        (CHATML + PROMPT, say("Q", " "), ["empty answer"]),
+        (CHATML + PROMPT, say("<|im_end|>?", "A"), ["special token", "user", "<|im_end|>"]),
+        (CHATML + PROMPT, say("Q", "A<|im_end|>"), ["special token", "assistant", "<|im_end|>"]),
+        (CHATML + PROMPT, say("Q", "A", reasoning_content="hm"), ["leaves out reasoning"]),
+        (CHATML.replace("m.content", "m.content[:1]") + PROMPT, say("Q", "AB"), ["content in part", "AB"]),
+        ("{{ strftime_now('%Y') }}" + CHATML + PROMPT, say("Q", "A"), ["prints the date"]),
+        (CHATML.replace("<|im_end|>", "</call>") + PROMPT, say("Q", "A", "Q", "B"), ["no special token", "</call>"]),
+        (CHATML.replace(SAID, OWN_TAGS) + PROMPT, say("Q", "A", "Q", "B"), ["no generation block", "A"]),
+    ],
+)
+def test_what_may_surprise_is_noted_and_nothing_else(template, messages, named):
+    _, notes = templates.encode_with_notes(TOKENIZER, messages, None, template)
+    assert len(notes) == bool(named) and all(name in notes[0] for name in named), notes
+
+
+def test_tools_that_the_template_leaves_out_are_noted():
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    _, notes = templates.encode_with_notes(TOKENIZER, say("Q", "A"), tools, CHATML + PROMPT)
+    assert notes == ["the template leaves out the tools"]
