@@ -37,7 +37,7 @@ warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
 RESUME_SAFE_KEYS = (
     "output_dir", "train.max_steps", "train.max_epochs", "train.max_tokens_per_micro_batch", "validation.", "parallel.",
     "checkpoint.", "logger.", "cluster.", "model.attention", "model.compile", "model.activation_checkpointing",
-    "model.lora.merge",
+    "model.lora.merge", "train.profile",
 )  # fmt: skip
 FILE_BYTES = 2**32  # of a rank's files in state/, about: safetensors copies a file in memory before it is written
 
@@ -58,6 +58,12 @@ def read_info(folder: Path) -> dict:
 
 def newest_complete(output_dir: Path) -> Path | None:
     return next(reversed(find(output_dir)), None)
+
+
+def best(output_dir: Path) -> Path | None:
+    """Return the checkpoint with the lowest `val/loss`, the newest of equal ones; None: none was validated."""
+    losses = {folder: read_info(folder).get("val/loss") for folder in reversed(find(output_dir))}
+    return min((folder for folder, loss in losses.items() if loss is not None), key=losses.get, default=None)
 
 
 def run_state(output_dir: Path, key: str = "state"):

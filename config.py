@@ -73,6 +73,7 @@ class Train:
     betas: list[float] = key([0.9, 0.98], "AdamW's")
     eps: float = key(1.0e-5, "AdamW's", 0)
     clip_grad_norm: float | None = key(1.0, "null: no clipping", 1e-9)
+    profile: list[int] | None = key(None, "[first, last] step of a profiler trace, output_dir/profile.json")
 
 
 @dataclass
@@ -82,6 +83,7 @@ class Validation:
     max_examples: int | None = key(256, "of each dataset, the same ones each time; null: all", 1)
     samples: int = key(2, "prompts of each dataset whose answers are printed at each validation", 0)
     exact_match: int = key(0, "conversations of each dataset answered and scored before and after", 0)
+    patience: int | None = key(None, "validations without a better val/loss that end the run; null: none do", 1)
 
 
 @dataclass
@@ -96,6 +98,7 @@ class Parallel:
 class Checkpoint:
     every: int | None = key(10, "steps between checkpoints; null: only at the end", 1)
     keep: int = key(3, "how many of the best by validation loss to keep, besides the newest", 0)
+    final: Literal["last", "best"] = key("last", "the checkpoint that becomes model/; best: by val/loss")
     async_save: bool = key(True, "write in the background while training continues")
     must_save_by: str | None = key(None, "DD:HH:MM:SS after the start: save, stop, exit 0")
     resume: Literal["auto", "never"] = key("auto", "auto: resume from the newest complete checkpoint in output_dir")
@@ -262,6 +265,12 @@ def check(config: Config):
         raise ValueError(f"checkpoint.must_save_by = {config.checkpoint.must_save_by} must be DD:HH:MM:SS")
     if config.validation.exact_match and not config.validation.every:
         raise ValueError("validation.exact_match needs validation.every: answers are scored at validations")
+    if not config.validation.every and (config.validation.patience or config.checkpoint.final == "best"):
+        raise ValueError("validation.patience and checkpoint.final=best need validation.every")
+    if config.checkpoint.final == "best" and not config.checkpoint.keep:
+        raise ValueError("checkpoint.final=best needs checkpoint.keep of at least 1")
+    if config.train.profile and len(config.train.profile) != 2:
+        raise ValueError(f"train.profile = {config.train.profile} must be [first, last], two steps")
     if config.model.lora.rank and config.model.from_scratch:
         raise ValueError("model.lora.rank > 0 needs trained parameters below it: set model.from_scratch=false")
     if config.parallel.strategy != "fsdp" and (config.parallel.replicas > 1 or config.parallel.cpu_offload):

@@ -27,7 +27,7 @@ import evaluate
 import packing
 import tokens
 from model import cast_params, check_model, choose_strategy, load_model, meta_model, parallelize, take_device
-from tracking import Tracker
+from tracking import Meter, Tracker
 
 
 def main():
@@ -110,17 +110,25 @@ def train(
         total, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
         print(f"{total:,} parameters, {trained:,} trainable, {strategy} over {world_size} rank(s) on {device.type}")
         tracker = Tracker(output_dir, config.to_dict(cfg), start, steps)
+        meter = Meter(model, device, dtype, world_size)
+        steps_per_epoch, _ = packing.steps_of_run(train_set.counts, train_set.weights, cfg.train)
+    val_losses = distributed.broadcast_object(tracker and tracker.val_losses)
     stop_signals = distributed.catch_stop_signals(record_reason)  # torchrun sends one, too, if a rank has failed.
     distributed.report_stalls(rank, 0.9 * cfg.cluster.hang_timeout)
-    validation = functools.partial(validate, cfg, model, parallel_model, dataset, my_rows, collate, tracker)
+    validation = functools.partial(validate, cfg, model, parallel_model, dataset, my_rows, collate, tracker, val_losses)
     if dataset.val_set and not start and cfg.validation.at_start:
         validation(0, score=True)
+    if out_of_patience(val_losses, cfg.validation.patience):  # The launch before was killed at its very end.
+        steps = start
 
     # ---- the loop ----
-    step, slowest = start, 0.0  # `slowest`: seconds of the slowest step so far, with its validation and saving.
+    # `slowest`: seconds of the slowest step so far, with its validation and saving.
+    step, slowest, stop = start, 0.0, None
     for step in range(start + 1, steps + 1):
         clock = time.perf_counter()
         writer.done()  # Raises here if the last checkpoint could not be written.
+        if tracker:
+            tracker.begin(step)
         # Which examples, and in which rows of which rank: every rank computes the same plan from (seed, step).
         chosen = packing.step_examples(train_set.counts, step, cfg.seed, cfg.train.global_batch_size, train_set.weights)
         batches = [collate(train_set, row) for row in my_rows(chosen, train_set.lengths)]
@@ -149,34 +157,48 @@ def train(
         if tracker:
             metrics = {"train/loss": loss, "train/grad_norm": grad_norm, "train/learning_rate": rate}
             metrics |= {"train/supervised_tokens": trained_tokens, "train/tokens": step_tokens}
-            metrics["train/tokens_per_second"] = step_tokens / (time.perf_counter() - clock)
-            tracker.log(step, metrics)
+            metrics |= meter.measure(step_tokens, trained_tokens, time.perf_counter() - clock)
+            tracker.log(step, metrics | {"train/epoch": step / steps_per_epoch})
         validates = dataset.val_set and (step % cfg.validation.every == 0 or step == steps)
         val_loss = validation(step, score=step == steps) if validates else {}
-        if ranks_stopping or step == steps or (cfg.checkpoint.every and step % cfg.checkpoint.every == 0):
+        if out_of_patience(val_losses, cfg.validation.patience):
+            steps = step
+        is_best = cfg.checkpoint.final == "best" and validates and val_losses[-1] == min(val_losses)
+        is_due = cfg.checkpoint.every and step % cfg.checkpoint.every == 0
+        if ranks_stopping or step == steps or is_best or is_due:
             writer.wait()
             if tracker:
                 tracker.flush()
                 checkpoint.write_status(output_dir, "running", step)  # To be read by people: a resume does not.
             writer.save(step, model, optimizer, info | val_loss)
         slowest = max(slowest, time.perf_counter() - clock)
-        if ranks_stopping and step < steps:
+        if ranks_stopping or step == steps:
             break
 
     # ---- the end ----
     writer.wait()
-    if rank == 0 and step < steps:
+    if tracker:
+        end_run(cfg, tracker, step, steps, stop)
+    distributed.wait_for_all("end")
+
+
+def end_run(cfg, tracker: Tracker, step: int, steps: int, stop: str | None):
+    """On rank 0: make model/ of a finished run; of one that has stopped, say why."""
+    output_dir = Path(cfg.output_dir)
+    if step < steps:
         stop = stop or "requested on another rank"
         checkpoint.write_status(output_dir, "stopped", step, stop)
         tracker.say(f"stopped after step {step} ({stop}); the same command resumes from there")
         (output_dir / "STOP").unlink(missing_ok=True)
-    elif rank == 0:
-        checkpoint.make_model_folder(checkpoint.newest_complete(output_dir), output_dir / "model", cfg.model.lora.merge)
-        tracker.say(f"finished: {output_dir / 'model'} holds the model, reloaded and verified")
-        checkpoint.write_status(output_dir, "finished", steps)
-    if tracker:
-        tracker.close()
-    distributed.wait_for_all("end")
+    else:
+        best = checkpoint.best(output_dir)
+        final = (cfg.checkpoint.final == "best" and best) or checkpoint.newest_complete(output_dir)
+        checkpoint.make_model_folder(final, output_dir / "model", cfg.model.lora.merge)
+        tracker.say(f"finished: {output_dir / 'model'} holds the model of {final.name}, reloaded and verified")
+        if best:
+            tracker.say(f"the best checkpoint: {best}, val/loss {checkpoint.read_info(best)['val/loss']:.4f}")
+        checkpoint.write_status(output_dir, "finished", step)
+    tracker.close()
 
 
 # ---- phases of `main` and `train`, in their order --------------------------------------------------------------------
@@ -368,10 +390,18 @@ def stop_reason(cfg, started: float, needed: float) -> str | None:
     return str(stop_file) if stop_file.exists() else None
 
 
+def out_of_patience(val_losses: list[float], patience: int | None) -> bool:
+    """Whether the last `patience` validations have brought no better loss than those before."""
+    return bool(patience and val_losses[:-patience]) and min(val_losses[-patience:]) >= min(val_losses[:-patience])
+
+
 @torch.no_grad()
-def validate(cfg, model, parallel_model, dataset: Data, my_rows, collate, tracker, step: int, score: bool) -> dict:
+def validate(
+    cfg, model, parallel_model, dataset: Data, my_rows, collate, tracker, val_losses: list, step: int, score: bool
+) -> dict:
     """Log the token-weighted mean loss over the validation examples, the answers to the sample prompts and, with
-    `score`, the scores of answers. Returns {"val/loss": ...}. Raises FloatingPointError where it is not finite."""
+    `score` or where the run ends with it, the scores of answers. Adds the loss to `val_losses`, and returns it as
+    {"val/loss": ...}. Raises FloatingPointError where it is not finite."""
     tokenizer, _, examples, stop_ids, to_score = dataset
     # The same examples each time. Each dataset is in rows of its own, so that it has a loss of its own.
     ranges = [examples_of[: cfg.validation.max_examples] for examples_of in examples.ranges()]
@@ -385,19 +415,23 @@ def validate(cfg, model, parallel_model, dataset: Data, my_rows, collate, tracke
         for i in examples.first(cfg.validation.samples)
     ]
     model.eval()
-    with cast_params(model, getattr(torch, cfg.model.dtype)):
+    cast = functools.partial(cast_params, model, getattr(torch, cfg.model.dtype))
+    with cast():
         for k, indices in enumerate(ranges):
             for row in my_rows(indices, examples.lengths):
                 distributed.progress()
                 sums[k] += parallel_model(collate(examples, row))
-        scores = evaluate.score(to_score, answer(to_score), examples.names) if score and to_score else {}
-        answers = answer(samples) if samples else []
-    model.train()
     sums = distributed.all_reduce_sum(sums).tolist()
     trained_tokens = [int(examples.trained_tokens[indices.start : indices.stop].sum()) for indices in ranges]
     loss = sum(sums) / sum(trained_tokens)
     if not math.isfinite(loss):
         raise FloatingPointError(f"step {step}: val/loss is {loss}; earlier checkpoints are intact")
+    val_losses.append(loss)
+    score |= out_of_patience(val_losses, cfg.validation.patience)
+    with cast():
+        scores = evaluate.score(to_score, answer(to_score), examples.names) if score and to_score else {}
+        answers = answer(samples) if samples else []
+    model.train()
     perplexity, trained = math.exp(min(loss, 700)), sum(trained_tokens)
     metrics = {"val/loss": loss, "val/perplexity": perplexity, "val/supervised_tokens": trained}
     if len(ranges) > 1:

@@ -7,13 +7,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tracking import Tracker
 
-STEP = {"train/loss": 2.5, "train/grad_norm": 1.25, "train/learning_rate": 1e-4, "train/tokens_per_second": 1234.5}
+STEP = {
+    **{"train/loss": 2.5, "train/grad_norm": 1.25, "train/learning_rate": 1e-4, "train/tokens_per_second": 1234.5},
+    **{"train/epoch": 0.5, "train/seconds": 2.0, "train/mfu": 0.375, "train/peak_memory_gib": 3.0},
+}
 
 
 def launch(output_dir, steps, start=0, tensorboard=False, wandb=False, loss=2.5):
     """One launch of a run: it resumes after step `start` and logs the steps up to `steps`."""
     logger = {"tensorboard": {"enabled": tensorboard}, "wandb": {"enabled": wandb, "project": "p", "name": "n"}}
-    tracker = Tracker(output_dir, {"seed": 7, "logger": logger}, start, 6)
+    tracker = Tracker(output_dir, {"seed": 7, "logger": logger, "train": {"profile": None}}, start, 6)
     for step in range(start + 1, steps + 1):
         tracker.log(step, STEP | {"train/loss": loss})
     tracker.close()
@@ -25,14 +28,20 @@ def logged(output_dir):
 
 
 def test_log_writes_one_object_a_line_with_the_step_and_all_metrics(tmp_path, capsys):
-    tracker = Tracker(tmp_path, {"logger": {"tensorboard": {"enabled": False}, "wandb": {"enabled": False}}}, 0, 20)
+    tracker = Tracker(
+        tmp_path,
+        {"logger": {"tensorboard": {"enabled": False}, "wandb": {"enabled": False}}, "train": {"profile": None}},
+        0,
+        20,
+    )
     tracker.log(0, {"val/loss": 3.0, "val/supervised_tokens": 1200})
     tracker.log(1, STEP)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]  # before any flush
-    assert lines == [{"step": 0, "val/loss": 3.0, "val/supervised_tokens": 1200}, {"step": 1, **STEP}]
+    assert lines[0] == {"step": 0, "val/loss": 3.0, "val/supervised_tokens": 1200}
+    assert lines[1] == {"step": 1, **STEP, "train/seconds_left": lines[1]["train/seconds_left"]}
     validation, step = capsys.readouterr().out.splitlines()
     assert all(shown in validation for shown in ("0/20", "3.0000", "1,200"))
-    assert all(shown in step for shown in ("1/20", "2.5000", "1.250", "1.00e-04", "1,234"))
+    assert all(shown in step for shown in ("1/20", "2.5000", "1.250", "1.00e-04", "1,234", "0.50", "37.5%", "left"))
     tracker.close()
 
 
@@ -61,7 +70,12 @@ def test_tensorboard_shows_the_steps_of_the_last_launch(tmp_path):
 
 
 def test_tensorboard_shows_texts_with_their_line_breaks(tmp_path, capsys):
-    tracker = Tracker(tmp_path, {"logger": {"tensorboard": {"enabled": True}, "wandb": {"enabled": False}}}, 0, 6)
+    tracker = Tracker(
+        tmp_path,
+        {"logger": {"tensorboard": {"enabled": True}, "wandb": {"enabled": False}}, "train": {"profile": None}},
+        0,
+        6,
+    )
     tracker.text(2, "samples/1", "question\nanswer")
     tracker.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -80,7 +94,7 @@ def wandb(monkeypatch):
         runs.append(id or f"new{len(runs)}")
         return types.SimpleNamespace(id=runs[-1], log=lambda metrics, step: logged.append(step), finish=lambda: None)
 
-    module = types.SimpleNamespace(init=init, runs=runs, logged=logged)
+    module = types.SimpleNamespace(init=init, runs=runs, logged=logged, Html=str)
     monkeypatch.setitem(sys.modules, "wandb", module)
     return module
 
@@ -90,6 +104,12 @@ def test_all_launches_of_a_run_are_one_run_of_wandb(tmp_path, wandb):
         launch(tmp_path, start + 1, start=start, wandb=True)
     assert wandb.runs == ["new0", "new0", "new0", "new3"]
     assert wandb.logged == [1, 3, 5, 1]
+
+
+def test_texts_reach_wandb(tmp_path, wandb):
+    logger = {"tensorboard": {"enabled": False}, "wandb": {"enabled": True, "project": "p", "name": "n"}}
+    Tracker(tmp_path, {"seed": 7, "logger": logger, "train": {"profile": None}}, 0, 6).text(2, "samples/1", "a <b>")
+    assert wandb.logged == [2]
 
 
 def test_a_missing_wandb_is_an_error_with_the_key(tmp_path, monkeypatch):

@@ -317,3 +317,26 @@ def test_a_model_of_few_positions_answers_within_them(tmp_path):
         f"model.name={tmp_path}/gpt2", "tokenizer.name=configs/quickstart", "data.max_seq_length=96",
         "validation.exact_match=100", "validation.max_examples=8", "train.max_steps=1")  # fmt: skip
     assert len(metrics(tmp_path / "out", "val/exact_match")) == 2
+
+
+@pytest.mark.slow
+def test_patience_ends_the_run_and_final_best_exports_the_best_checkpoint(tmp_path):
+    out = tmp_path / "out"
+    overrides = [
+        "configs/quickstart.yaml", *FEW, f"output_dir={out}", "train.max_steps=60", "train.learning_rate=0.3",
+        "validation.every=1", "validation.patience=3", "checkpoint.final=best", "checkpoint.every=null",
+        "checkpoint.keep=9", "train.profile=[2, 3]",
+    ]  # fmt: skip
+    said = run(*overrides)
+    losses = metrics(out, "val/loss")
+    best, last = min(losses, key=losses.get), max(losses)
+    assert last == best + 3 < 60 and state(out)["state"] == "finished" and "finished run" in run(*overrides)
+    assert f"step_{best:08d}, val/loss {losses[best]:.4f}" in said
+    models = [AutoModelForCausalLM.from_pretrained(path) for path in (out / "model", checkpoint.best(out) / "model")]
+    a, b = (torch.cat([value.flatten() for value in model.state_dict().values()]) for model in models)
+    assert torch.equal(a, b) and checkpoint.step_of(checkpoint.best(out)) == best
+    assert json.loads((out / "profile.json").read_text())["traceEvents"]
+    (out / "status.json").write_text(json.dumps({"state": "running", "step": last, "reason": None}))
+    shutil.rmtree(out / "model")  # as if it was killed before the export
+    run(*overrides)
+    assert state(out)["state"] == "finished" and max(metrics(out, "val/loss")) == last and (out / "model").is_dir()
