@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -210,7 +211,7 @@ def set_values(config: Config, tree: dict, names: set[str], prefix: str = ""):
             raise ValueError(f"the key {name} is there twice")
         names.add(name)
         if name.startswith("data.args."):  # the other arguments stay
-            config.data.args[name.removeprefix("data.args.")] = convert(value, Any)
+            config.data.args[name.removeprefix("data.args.")] = expand(convert(value, Any), name)
         elif name in KEYS:
             kind, minimum = KEYS[name].type, KEYS[name].metadata["minimum"]
             try:
@@ -220,7 +221,7 @@ def set_values(config: Config, tree: dict, names: set[str], prefix: str = ""):
             if minimum is not None and converted is not None and converted < minimum:
                 raise ValueError(f"{name} = {value} must be at least {minimum} ({KEYS[name].metadata['help']})")
             *sections, last = name.split(".")
-            setattr(functools.reduce(getattr, sections, config), last, converted)
+            setattr(functools.reduce(getattr, sections, config), last, expand(converted, name))
         elif isinstance(value, dict):
             set_values(config, value, names, f"{name}.")
         elif inside := [key for key in KEYS if key.startswith(f"{name}.")]:
@@ -229,6 +230,21 @@ def set_values(config: Config, tree: dict, names: set[str], prefix: str = ""):
             known = {alias: key for key in KEYS for alias in (re.sub("([a-z])[a-z]*(_|$)", r"\1", key), key)}
             nearest = known[difflib.get_close_matches(name, known, 1, 0.0)[0]]
             raise ValueError(f"there is no key {name!r}; the nearest is {nearest!r}")
+
+
+def expand(value, name: str):
+    """Where a key or an argument of a dataset holds a path, the `~` and the $VARIABLES in it are replaced."""
+    if isinstance(value, list):
+        return [expand(item, name) for item in value]
+    if isinstance(value, dict):
+        return {key: expand(item, f"{name}.{key}") for key, item in value.items()}
+    is_path = name.endswith(("output_dir", "model.name", "tokenizer.name", ".dataset", ".validation"))
+    if not isinstance(value, str) or not (is_path or name.endswith(".chat_template") and value.endswith(".jinja")):
+        return value
+    expanded = os.path.expanduser(os.path.expandvars(value))
+    if unset := re.search(r"\$\{?(\w+)", expanded):
+        raise ValueError(f"{name} = {value}: the environment variable {unset[1]} is not set")
+    return expanded
 
 
 def convert(value, kind):
@@ -279,7 +295,7 @@ def check(config: Config):
         if not any(entry.get("weight", 1) for entry in config.data.dataset):
             raise ValueError("data.dataset: no entry has a weight above 0, so there is nothing to train on")
         for entry in config.data.dataset:
-            known = {"dataset"} <= entry.keys() <= {"dataset", "args", "weight"}
+            known = isinstance(entry.get("dataset"), str) and entry.keys() <= {"dataset", "args", "weight"}
             if not known or not isinstance(entry.get("weight", 1), int | float) or entry.get("weight", 1) < 0:
                 raise ValueError(f"data.dataset: {entry} must hold dataset, and may hold args and weight (at least 0)")
         if config.data.args:

@@ -1,14 +1,12 @@
-"""Dataset classes, mixtures and file formats: conversations out."""
+"""Dataset classes, mixtures and the formats of rows: conversations out."""
 
 import contextlib
 import functools
 import glob
 import gzip
-import hashlib
 import importlib.util
 import json
 import sys
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,21 +14,21 @@ from typing import NamedTuple
 import datasets
 import huggingface_hub
 import numpy as np
-import pyarrow.parquet
-from huggingface_hub.utils.sha import sha_fileobj
+
+from files import DECODER, ENDINGS, FILE_ROWS, SPLITS, find_files, read_table, split_files, without_filled_in
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+BY_NAME = "by name"  # as `validation`: the split that has such a name, or files of such names
 
 FORMATS = {  # and the columns that a row of each has
     "messages": {"messages"},  # [{"role": "user", "content": "..."}, ...]
     "prompt_completion": {"prompt", "completion"},  # two texts, or two lists of messages: the completion is trained
-    "alpaca": {"instruction", "output"},  # and perhaps `input` and `history`
+    "alpaca": {"instruction", "output"},  # and perhaps those of `OF_ALPACA`
     "sharegpt": {"conversations"},  # [{"from": "human", "value": "..."}, ...]
 }
 NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")
+OF_ALPACA = ("input", "history")
 PASSED_ON = ("tools", "functions", "answers", "id", "weight", *NOT_TEXT)  # columns that a row of any format may have
-FILE_ROWS = datasets.Features({"place": datasets.Value("string"), "json": datasets.Value("binary")})
 SPEAKERS = {  # of ShareGPT, and the roles they are; others are called as their roles
     **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"},
     **{"function_call": "assistant", "function_response": "tool", "observation": "tool"},
@@ -114,40 +112,50 @@ def tree_paths(node: dict) -> list[list[dict]]:
 
 
 class Chats:
-    """Conversations in files: a file, a glob or a folder of .jsonl, .jsonl.gz, .json and .parquet files.
+    """Conversations in files (see `ENDINGS`): a file, a glob, or a folder of files or of a dataset saved to disk.
 
     `validation`: files as well, or the fraction of the rows that is held out (the same rows for the same seed), or
-    None. `format`: one of `FORMATS`; None: each row is recognized by its columns."""
+    None; by default what `split_files` finds, else 0.05. `format`: one of `FORMATS`; None: each row is recognized by
+    its columns. `columns`: the user's own names of columns, as {"messages": "dialogue"}."""
 
-    def __init__(self, path: str, validation: str | float | None = 0.05, seed: int = 42, format: str | None = None):
-        files = find_files(path)
-        if isinstance(validation, str):
-            others = find_files(validation)
+    def __init__(self, path: str, validation=BY_NAME, seed=42, format: str | None = None, columns: dict | None = None):
+        files, others = split_files(path)
+        if validation == BY_NAME:
+            validation = others or 0.05
+        elif isinstance(validation, str):
+            validation = find_files(validation)
             if not Path(path).is_file():  # a folder or a glob may name them too
-                files = [file for file in files if not any(Path(file).samefile(other) for other in others)]
-            self.formatted_ds = {"train": read_files(files, format), "validation": read_files(others, format)}
+                files = [file for file in files if not any(Path(file).samefile(other) for other in validation)]
+        train = read_files(files, format, columns)
+        if isinstance(validation, list):
+            self.formatted_ds = {"train": train, "validation": read_files(validation, format, columns)}
         else:
-            self.formatted_ds = split_rows(read_files(files, format), validation, seed)
+            self.formatted_ds = split_rows(train, validation, seed)
         self.task_spec = TaskDataSpec(Path(path).name.split(".")[0].strip("*?[]") or Path(path).absolute().parent.name)
 
 
 class HubChats:
-    """A dataset of the Hub in one of `FORMATS`. `validation`: a split's name, a fraction of `train`, or None."""
+    """A dataset of the Hub in one of `FORMATS`. `validation`: a split's name, a fraction of `train`, or None; by
+    default the split that is called validation, valid, dev or val. `columns`: as of `Chats`."""
 
     def __init__(
-        self, path: str, subset: str | None = None, train: str = "train", validation="validation", seed: int = 42,
-        format: str | None = None,
+        self, path: str, subset: str | None = None, train: str = "train", validation=BY_NAME, seed: int = 42,
+        format: str | None = None, columns: dict | None = None,
     ):  # fmt: skip
-        loaded = datasets.load_dataset(path, subset)
+        loaded = datasets.load_dataset(path, subset if subset is None else str(subset))  # a year is read as a number
+        if validation == BY_NAME:
+            validation = next((name for name in loaded if SPLITS.get(name) == "validation"), "validation")
         names = {"train": train, **({"validation": validation} if isinstance(validation, str) else {})}
         if missing := [name for name in names.values() if name not in loaded]:
             raise ValueError(f"{path} has no split {missing[0]!r}, only {[*loaded]}: set data.args, as validation=0.05")
-        splits = {split: as_conversations(loaded[name], format) for split, name in names.items()}
+        if left_out := [name for name in loaded if name not in names.values()]:
+            print(f"{path}: splits left out: {', '.join(left_out)}", file=sys.stderr)
+        splits = {split: as_conversations(loaded[name], format, columns) for split, name in names.items()}
         self.formatted_ds = splits if len(splits) == 2 else split_rows(splits["train"], validation, seed)
         self.task_spec = TaskDataSpec(path)
 
 
-# ---- mixtures, splits, files -----------------------------------------------------------------------------------------
+# ---- mixtures and splits ---------------------------------------------------------------------------------------------
 
 
 class MixtureEntry(NamedTuple):
@@ -230,105 +238,63 @@ def split_rows(rows: datasets.Dataset, fraction: float | None, seed: int) -> dic
     return {split: part for split, part in splits.items() if len(part)}
 
 
-def find_files(path: str) -> list[str]:
-    """A file, or those that a glob or a folder holds, by name, without the hidden files of a folder."""
-    found = {path, *glob.glob(f"{glob.escape(path)}/**/*" if Path(path).is_dir() else path, recursive=True)}
-    found = [file for file in found if file.endswith(ENDINGS) and Path(file).is_file()]
-    found = [file for file in found if not Path(file).name.startswith("dataset_info")]  # of a dataset of the Hub
-    if not found:
-        raise ValueError(f"data: {path} names no file that ends in {', '.join(ENDINGS)}")
-    return sorted(found, key=Path)
-
-
-def read_files(files: list[str], format: str | None) -> datasets.Dataset:
-    """The rows of these files as conversations, kept as JSON text in a memory-mapped table that is made once: the types
-    of Arrow do not keep rows as they stand. They fill in keys, round numbers, and read the text "42" as a number. The
-    table is found by the content of the files: a new one may have the same size and time."""
-    key = hashlib.sha256(Path(__file__).read_bytes())
-    for file in files:
-        with open(file, "rb") as opened:
-            key.update(f"{file}\0".encode() + sha_fileobj(opened))
-    try:
-        table = datasets.Dataset.from_generator(
-            iterate_rows, features=FILE_ROWS, cache_dir=f"{huggingface_hub.constants.HF_HOME}/sft-rows",
-            gen_kwargs={"files": files}, fingerprint=key.hexdigest()[:32],
-        )  # fmt: skip
-    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise ValueError(error.__cause__ or f"{', '.join(files[:3])}: no rows") from None
-    return as_conversations(table, format)
-
-
-def iterate_rows(files: list[str]):
-    """Yields each row with its place: the line in .jsonl files, from 1, else the row, from 0."""
-    for file in files:
-        try:
-            for number, text in json_rows(file):
-                yield {"place": f"{file}:{number}", "json": text}
-        except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:  # not other OSErrors, which name the file
-            raise ValueError(f"{file}: {error}") from None
-
-
-def json_rows(file: str):
-    """Yields (number, JSON as bytes) of each row."""
-    if file.endswith((".jsonl", ".jsonl.gz")):
-        with gzip.open(file) if file.endswith(".gz") else open(file, "rb") as lines:
-            yield from ((n, line.rstrip(b"\n")) for n, line in enumerate(lines, 1) if line.strip())
-    elif file.endswith(".json"):
-        rows = json.loads(Path(file).read_bytes())
-        yield from enumerate(json.dumps(row).encode() for row in (rows if isinstance(rows, list) else [rows]))
-    else:
-        parquet = pyarrow.parquet.ParquetFile(file)
-        groups = map(parquet.read_row_group, range(parquet.num_row_groups))
-        rows = (without_filled_in(row, table.features) for table in map(datasets.Dataset, groups) for row in table)
-        yield from enumerate(json.dumps(row, default=str).encode() for row in rows)
-
-
 # ---- formats and rows ------------------------------------------------------------------------------------------------
 
 
-def as_conversations(table: datasets.Dataset, format: str | None) -> datasets.Dataset:
+def read_files(files: list[str], format: str | None, columns: dict | None = None) -> datasets.Dataset:
+    """The rows of these files as conversations."""
+    return as_conversations(read_table(files), format, columns)
+
+
+def as_conversations(table: datasets.Dataset, format: str | None, columns: dict | None = None) -> datasets.Dataset:
     """The rows of a table, converted when they are read. `format`: of `FORMATS`; None: by the columns of each row."""
-    return table.with_transform(functools.partial(to_conversations, features=table.features, format=format))
+    if unknown := {*(columns or {})} - {"system", *OF_ALPACA, *PASSED_ON}.union(*FORMATS.values()):
+        raise ValueError(f"data.args.columns: nothing reads {min(unknown)!r}; write messages: dialogue, for instance")
+    convert = functools.partial(to_conversations, features=table.features, format=format, columns=columns or {})
+    return table.with_transform(convert)
 
 
-def to_conversations(batch: dict[str, list], features: datasets.Features, format: str | None) -> dict[str, list]:
+def to_conversations(batch: dict[str, list], features: datasets.Features, format, columns) -> dict[str, list]:
     """The transform of a table: columns of rows in, columns of conversations out."""
-    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    rows = [json.loads(row["json"]) if features == FILE_ROWS else without_filled_in(row, features) for row in rows]
-    conversations = [to_conversation(row, format) for row in rows]
-    return {name: [each.get(name) for each in conversations] for name in ("messages", *PASSED_ON)}
+    if features == FILE_ROWS:
+        rows = [DECODER.decode(text.decode(json.detect_encoding(text))) for text in batch["json"]]
+    else:
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        rows = [without_filled_in(row, features) for row in rows]
+    conversations = [to_conversation(row, format, columns) for row in rows]
+    return {name: [each.get(name) for each in conversations] for name in ("messages", *PASSED_ON, "unread")}
 
 
-def without_filled_in(value, feature):
-    """A value of an Arrow table without the None that stands where another row has a key (a Json column has none)."""
-    if isinstance(feature, dict) and isinstance(value, dict):
-        kept = {"content"} if "role" in value else ()  # null in a message that only calls tools
-        there = {name: item for name, item in value.items() if item is not None or name in kept}
-        return {name: without_filled_in(item, feature.get(name)) for name, item in there.items()}
-    if isinstance(value, list) and hasattr(feature, "feature"):
-        return [without_filled_in(item, feature.feature) for item in value]
-    return value
-
-
-def to_conversation(row, format: str | None) -> dict:
-    """A row of a format as {"messages": [...]}, with the columns of `PASSED_ON` that it has. Raises ValueError where it
-    has the columns (null counts as absent) of no format, of several, or not of the one that is requested."""
+def to_conversation(row, format: str | None, columns: dict) -> dict:
+    """A row of a format as {"messages": [...]}, with the columns of `PASSED_ON` that it has, and the names of those
+    that are `unread`. Raises ValueError where it has the columns (null counts as absent) of no format, of several, or
+    not of the one that is requested."""
+    if columns:
+        if missing := [name for name in columns.values() if name not in row]:
+            raise ValueError(f"has no column {missing[0]!r}, as data.args.columns names it, only {', '.join(row)}")
+        others = {name: value for name, value in row.items() if name not in columns.values()}
+        row = others | {name: row[theirs] for name, theirs in columns.items()}
     there = {name for name, value in row.items() if value is not None} if isinstance(row, dict) else set()
-    fitting = [name for name, columns in FORMATS.items() if columns <= there and format in (None, name)]
+    fitting = [name for name, needed in FORMATS.items() if needed <= there and format in (None, name)]
     if len(fitting) != 1:
         kinds = f"{' and '.join(fitting) or 'no format'} with data.args.format = {format or 'null'}"
-        raise ValueError(f"the columns {', '.join(sorted(there)) or '(none)'} are of {kinds}; there are {FORMATS}")
+        fix = f"there are {FORMATS}; data.args.columns={{messages: dialogue}} takes the column dialogue for messages"
+        raise ValueError(f"the columns {', '.join(sorted(there)) or '(none)'} are of {kinds}; {fix}")
     format = fitting[0]
     for name in ("train", "loss", "training", *(("label", "input") if format == "prompt_completion" else ())):
         if row.get(name) not in (None, "", True):
             raise ValueError(f"has {name!r} = {row[name]!r} for the whole row, which is not read: put it into messages")
+    texts = [name for name in ("messages", "conversations") if name in FORMATS[format] and isinstance(row[name], str)]
+    row = row | {name: DECODER.decode(row[name]) for name in texts}
     convert = {"prompt_completion": from_prompt_completion, "alpaca": from_alpaca, "sharegpt": from_sharegpt}
     messages = convert[format](row) if format in convert else row["messages"]
-    if row.get("system"):
+    if row.get("system") not in (None, ""):
         if messages and messages[0].get("role") == "system":
             raise ValueError("has both a 'system' column and a system turn; leave one out")
         messages = [{"role": "system", "content": row["system"]}, *messages]
-    return {"messages": messages, **{name: row[name] for name in PASSED_ON if row.get(name) is not None}}
+    read = {"system", *PASSED_ON, *FORMATS[format], *(OF_ALPACA if format == "alpaca" else ())}
+    kept = {name: row[name] for name in PASSED_ON if row.get(name) is not None}
+    return {"messages": messages, **kept, "unread": sorted(there - read)}
 
 
 def from_prompt_completion(row: dict) -> list[dict]:
@@ -344,7 +310,7 @@ def from_alpaca(row: dict) -> list[dict]:
     """The instruction and, behind an empty line, the input. https://github.com/tatsu-lab/stanford_alpaca#data-release;
     `history` (pairs of a question and an answer) as LLaMA-Factory has it."""
     question, messages = row["instruction"], []
-    if row.get("input"):
+    if row.get("input") not in (None, ""):
         question = question + "\n\n" + row["input"]
     for pair in [*(row.get("history") or []), (question, row["output"])]:
         user, assistant = (pair[k] for k in range(len(pair)))  # An error for an object.
@@ -360,7 +326,7 @@ def from_sharegpt(row: dict) -> list[dict]:
             continue
         message = {"role": SPEAKERS.get(turn["from"], turn["from"]), "content": turn.get("value")}
         if turn["from"] == "function_call":
-            calls = json.loads(turn["value"]) if isinstance(turn["value"], str) else turn["value"]
+            calls = DECODER.decode(turn["value"]) if isinstance(turn["value"], str) else turn["value"]
             message |= {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
         messages.append({**message, **{name: turn[name] for name in turn if name not in ("from", "value")}})
     return messages
@@ -387,14 +353,15 @@ def at_row(rows, i: int, name: str):
 
 
 def normalize(row) -> dict:
-    """A row as {"messages": [...]}, with `tools` (a list), `answers` (texts) and `id` where it has them. Raises
-    ValueError with the reason if it cannot be trained on."""
+    """A row as {"messages": [...]}, with `tools` (a list), `answers` (texts), `id` and the columns that are `unread`
+    where it has them. Raises ValueError with the reason if it cannot be trained on."""
     row = row if isinstance(row, dict) else {"messages": row}
     if present := [name for name in NOT_TEXT if row.get(name)]:
         raise ValueError(f"has {present[0]!r}: only text is trained here; leave such rows out")
     messages, answers = row.get("messages"), row.get("answers")
     tools = row.get("tools") or row.get("functions")  # as OpenAI called them until 2023
-    tools = json.loads(tools) if tools and isinstance(tools, str) else tools  # JSON text in some datasets
+    with contextlib.suppress(json.JSONDecodeError):  # `check_objects` refuses it
+        tools = DECODER.decode(tools) if tools and isinstance(tools, str) else tools  # JSON text in some datasets
     check_objects(messages, "messages")
     check_objects(tools or [], "tools")
     tools, messages = [wrapped(tool) for tool in tools or []], [normalize_message(m, i) for i, m in enumerate(messages)]
@@ -405,7 +372,12 @@ def normalize(row) -> dict:
     # A UnicodeEncodeError, which is a ValueError, where a text was cut inside a character
     json.dumps([messages, tools], ensure_ascii=False, default=str).encode()
     listed = isinstance(answers, list) and all(isinstance(answer, str) for answer in answers)
-    optional = {"tools": tools, "answers": answers if listed else None, "id": row.get("id")}
+    optional = {
+        "tools": tools,
+        "answers": answers if listed else None,
+        "id": row.get("id"),
+        "unread": row.get("unread"),
+    }
     return {"messages": messages, **{name: value for name, value in optional.items() if value not in (None, [], "")}}
 
 

@@ -16,6 +16,7 @@ import pyarrow.compute
 from transformers import AutoTokenizer
 
 import data
+import files
 import spans
 import templates
 import tracing
@@ -101,7 +102,7 @@ def tokenize(rows, name: str, tokenizer, chat_template: str, train_on: str, cach
     """The files with the tokens of all rows, in order, made now or found in `cache`. Any change to rows, template,
     tokenizer, options or the code makes other files. Raises ValueError with place and reason for a bad row."""
     global job
-    modules = sys.modules[__name__], data, templates, spans, tracing
+    modules = sys.modules[__name__], data, files, templates, spans, tracing
     code = [Path(module.__file__).read_text("utf-8") for module in modules]
     today = str(date.today()) if "strftime_now" in chat_template else ""
     made_by = [tokenizer.backend_tokenizer.to_str(), str(tokenizer.special_tokens_map), *code]

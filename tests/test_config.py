@@ -54,6 +54,40 @@ def test_arguments_of_a_dataset_are_read_as_json_and_else_are_text(tmp_path):
     assert load(tmp_path, text, "data.args={z: 1}").data.args == {"z": 1}
 
 
+@pytest.mark.parametrize("name", ["data.args.subset", "data.args.columns.id", "tokenizer.name"])
+@pytest.mark.parametrize("text", ["no", "on", "Yes", "y", "2024-01-01", "12:30", "1_000", "0x1F", ".5"])
+def test_a_name_that_yaml_would_read_as_something_else_stays_text(tmp_path, name, text):
+    loaded = load(tmp_path, f"{name}: {text}"), config.load(None, [f"{name}={text}"])
+    assert all(text in [each.tokenizer.name, *each.data.args.values()] for each in loaded)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["output_dir", "model.name", "tokenizer.name", "tokenizer.chat_template", "data.dataset", "data.args.validation"],
+)
+def test_a_path_may_have_a_tilde_and_variables(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DATA", "/all/data")
+    for text, wanted in (("~/a.jinja", "/home/me/a.jinja"), ("$DATA/${DATA}.jinja", "/all/data//all/data.jinja")):
+        for loaded in (load(tmp_path, f"{name}: {text}"), config.load(None, [f"{name}={text}"])):
+            plain = config.to_dict(loaded)
+            for part in name.split("."):
+                plain = plain[part]
+            assert plain == wanted
+    with pytest.raises(ValueError, match=rf"{name} = \$NOWHERE/a.jinja: .*NOWHERE"):
+        load(tmp_path, f"{name}: $NOWHERE/a.jinja")
+
+
+def test_what_is_no_path_keeps_its_dollars_and_tildes(monkeypatch):
+    monkeypatch.setenv("DATA", "/data")
+    template = "{% set DATA = '~/$DATA' %}{{ DATA }}"
+    loaded = config.load(None, [f'tokenizer.chat_template="{template}"', "data.args={sign: $DATA, home: ~/a}"])
+    assert (loaded.tokenizer.chat_template, loaded.data.args) == (template, {"sign": "$DATA", "home": "~/a"})
+    mixture = "[{dataset: $DATA/a.jsonl, args: {validation: $DATA/b.jsonl, sign: $DATA}}]"
+    args = {"validation": "/data/b.jsonl", "sign": "$DATA"}
+    assert config.load(None, [f"data.dataset={mixture}"]).data.dataset == [{"dataset": "/data/a.jsonl", "args": args}]
+
+
 @pytest.mark.parametrize("value", ["0.1", "'1e5'", "'12'", "[a, {b: 'null'}]"])
 def test_the_resolved_configuration_is_a_file_that_loads_to_itself(tmp_path, value):
     loaded = config.load(None, [f"data.args.a={value}", "checkpoint.must_save_by=00:03:45:00", "model.name='7'"])
@@ -89,6 +123,7 @@ def test_the_resolved_configuration_is_a_file_that_loads_to_itself(tmp_path, val
         ("data.dataset=[]", "data.dataset"),
         ("data.dataset=[squad]", "data.dataset"),
         ("data.dataset=[{args: {}}]", "must hold dataset"),
+        ("data.dataset=[{dataset: 2024}]", "must hold dataset"),
         ("data.dataset=[{dataset: squad, wieght: 2}]", "'wieght'"),
         ("data.dataset=[{dataset: squad, weight: -1}]", "'weight': -1"),
         ("data.dataset=[{dataset: squad, weight: '2'}]", "'weight': '2'"),

@@ -3,6 +3,7 @@ import json
 import os
 
 import datasets
+import pyarrow
 import pytest
 
 import config
@@ -44,8 +45,12 @@ def write(path, *rows):
     return str(path)
 
 
-def read(path, format=None):
-    return data.read_files(data.find_files(str(path)), format)
+def read(path, format=None, columns=None):
+    return data.read_files(data.find_files(str(path)), format, columns)
+
+
+def questions(rows):
+    return [row["messages"][0]["content"] for row in rows]
 
 
 def conversations(rows, name="rows"):
@@ -67,6 +72,7 @@ def test_rows_come_exactly_as_they_stand_in_the_file(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     for path in (write(tmp_path / "rows.jsonl", *rows), tmp_path / "rows.json"):
         found = conversations(read(path))
+        assert found[-1].pop("unread") == ["other"]
         assert json.dumps(found) == json.dumps([{k: v for k, v in row.items() if k != "other"} for row in rows])
 
 
@@ -145,6 +151,95 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, reason):
             read(tmp_path / name)
 
 
+def test_json_lines_in_a_json_file_are_rows_and_a_bad_one_is_named(tmp_path):
+    row = json.dumps(SAME["messages"][0])
+    for text in (f"{row}\n{row}", f"\n{row}\r\n\n{row}\n", json.dumps([SAME["messages"][0]] * 2, indent=1)):
+        (tmp_path / "rows.json").write_bytes(text.encode())
+        assert questions(read(tmp_path / "rows.json")) == ["One?"] * 2
+    (tmp_path / "rows.json").write_text(f"{row}\n{{\n{row}")
+    rows = read(tmp_path / "rows.json")
+    with pytest.raises(ValueError, match="rows.json:2: "):
+        data.read_conversation(rows, 1, "rows")
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv"])
+@pytest.mark.parametrize("packing", [".gz", ".zst"])
+def test_packed_files_are_read_as_what_they_hold(tmp_path, kind, packing):
+    text = "prompt,completion\nOne?,First.\n" if kind == ".csv" else json.dumps({"prompt": "One?", "completion": "F"})
+    codec = {".gz": "gzip", ".zst": "zstd"}[packing]
+    for content in (pyarrow.compress(text.encode(), codec, asbytes=True), b"neither"):
+        (tmp_path / f"rows{kind}{packing}").write_bytes(content)
+        if content != b"neither":
+            assert questions(read(tmp_path)) == ["One?"]
+    with pytest.raises(ValueError, match=f"rows{kind}{packing}"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("separator", ",;\t")
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_spreadsheet_is_read_whatever_it_was_exported_with(tmp_path, separator, encoding):
+    rows = [["question", "answer", ""], ['"Nä, ""one"";\r\n\tor 1?"', "007", ""], [], ["", "", ""], ["NA", "1.10", ""]]
+    (tmp_path / "rows.csv").write_bytes("\r\n".join(separator.join(row) for row in rows).encode(encoding))
+    rows = read(tmp_path, columns={"instruction": "question", "output": "answer"})
+    texts = [[message["content"] for message in row["messages"]] for row in conversations(rows)]
+    assert texts == [['Nä, "one";\r\n\tor 1?', "007"], ["NA", "1.10"]]
+    with pytest.raises(ValueError, match="rows.csv:5: wrong"), data.at_row(rows, 1, "rows"):
+        raise ValueError("wrong")
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("question,answer\nOne?\n", "row 2 has 1 cells"), ("question,answer\na,b\nOne?,First., it is\n", "row 3 has 3"),
+        ('question,answer\n"One?,First.\n', "unexpected end"), ("answer,question,answer\na,b,c\n", "answer, question"),
+        ("question,answer\n", "no rows"),
+    ],
+)  # fmt: skip
+def test_a_spreadsheet_that_has_another_shape_is_refused(tmp_path, text, reason):
+    (tmp_path / "rows.csv").write_text(text)
+    with pytest.raises(ValueError, match=f"rows.csv.*{reason}"):
+        read(tmp_path, columns={"instruction": "question", "output": "answer"})
+
+
+def test_an_empty_cell_is_no_answer(tmp_path):
+    (tmp_path / "rows.csv").write_text("instruction,output\nOne?,First.\nTwo?,\n")
+    with pytest.raises(ValueError, match="rows.csv:3: .*instruction are of no format"):
+        conversations(read(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_file_in_another_encoding_is_read_rightly_or_named(tmp_path, name, encoding):
+    row = {"prompt": "é", "completion": "b"}
+    text = "prompt,completion\né,b\n" if name == "rows.csv" else (json.dumps(row, ensure_ascii=False) + "\n") * 2
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    if encoding == "utf-16" and name != "rows.jsonl":
+        assert {*questions(read(tmp_path))} == {"é"}
+    else:
+        with pytest.raises(ValueError, match=f"{name}.*(codec|UTF)"):
+            conversations(read(tmp_path))
+
+
+def test_a_saved_dataset_is_read_with_its_splits_as_it_stands(tmp_path):
+    def row(question, arguments):
+        call = {"type": "function", "function": {"name": "look", "arguments": arguments}}
+        return {"messages": [{**ASK, "content": question}, {**CALL, "content": "", "tool_calls": [call]}]}
+
+    rows = {name: [row(f"{name} 0", {"x": 1}), row(f"{name} 1", {"y": "42"})] for name in ("train", "dev", "test")}
+    tables = {name: datasets.Dataset.from_list(part) for name, part in rows.items()}
+    datasets.DatasetDict(tables).save_to_disk(tmp_path / "saved")
+    splits = data.load_dataset_class(str(tmp_path / "saved"), {}).formatted_ds
+    assert [row["messages"] for row in conversations(splits["train"])] == [row["messages"] for row in rows["train"]]
+    assert questions(splits["validation"]) == ["dev 0", "dev 1"]
+    tables["train"].save_to_disk(tmp_path / "one", num_shards=2)
+    (tmp_path / "one/cache-1.arrow").write_bytes(b"of a map, and no part of the dataset")
+    splits = data.load_dataset_class(str(tmp_path / "one"), {"validation": 0.5}).formatted_ds
+    assert sorted(questions(splits["train"]) + questions(splits["validation"])) == ["train 0", "train 1"]
+    (tmp_path / "one/data-00000-of-00002.arrow").unlink()
+    with pytest.raises(OSError, match="data-00000-of-00002.arrow"):
+        data.load_dataset_class(str(tmp_path / "one"), {})
+
+
 # ---- formats ---------------------------------------------------------------------------------------------------------
 
 
@@ -221,10 +316,54 @@ def test_a_format_that_is_named_decides_between_two(tmp_path):
         conversations(read(path, "chat"))
 
 
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_turns_may_be_json_text_in_a_column(tmp_path, column):
+    row = {column: json.dumps([ASK, ANSWER])}
+    datasets.Dataset.from_list([row]).to_parquet(tmp_path / "rows.parquet")
+    datasets.Dataset.from_list([row]).to_csv(tmp_path / "rows.csv")
+    write(tmp_path / "rows.jsonl", row)
+    assert [row["messages"] for row in conversations(read(tmp_path))] == [[ASK, ANSWER]] * 3
+
+
+def test_columns_of_other_names_are_read_under_their_own(tmp_path):
+    columns = {"messages": "dialogue", "tools": "functions", "system": "persona"}
+    row = {"dialogue": [ASK, ANSWER], "functions": [{"name": "f"}], "persona": None, "messages": "left out", "n": 3}
+    wanted = {"messages": [ASK, ANSWER], "tools": [{"type": "function", "function": {"name": "f"}}], "unread": ["n"]}
+    datasets.Dataset.from_list([row]).to_parquet(tmp_path / "rows.parquet")
+    files, hub = read(tmp_path, columns=columns), datasets.Dataset.from_list([row])
+    for rows in (
+        read(write(tmp_path / "r.jsonl", row), None, columns),
+        files,
+        data.as_conversations(hub, None, columns),
+    ):
+        assert conversations(rows) == [wanted]
+    with pytest.raises(ValueError, match=r"r.jsonl:1: .*'persone'.*data.args.columns.*dialogue, .*persona"):
+        conversations(read(tmp_path / "r.jsonl", columns={**columns, "system": "persone"}))
+    with pytest.raises(ValueError, match="data.args.columns.*'sytem'"):
+        read(tmp_path / "r.jsonl", columns={"sytem": "persona"})
+    with pytest.raises(ValueError, match="r.jsonl:1: .*dialogue.*no format.*data.args.columns"):
+        conversations(read(write(tmp_path / "r.jsonl", {"dialogue": []})))
+
+
+@pytest.mark.parametrize(
+    "row, names",
+    [
+        ({**SAME["alpaca"][0], "context": "a", "id": 3}, ["context"]),
+        ({**SAME["messages"][0], "input": "a", "source": "b", "gone": None}, ["input", "source"]),
+        (SAME["sharegpt"][0], []),
+    ],
+)
+def test_columns_that_nothing_reads_are_known_by_name(tmp_path, row, names):
+    assert read(write(tmp_path / "rows.jsonl", row))[0]["unread"] == names
+    assert data.as_conversations(datasets.Dataset.from_list([row]), None)[0]["unread"] == names
+
+
 @pytest.mark.parametrize(
     "row, reason",
     [
         ("{", "JSONDecodeError"),
+        ('{"messages": [{"role": "user", "content": "a", "role": "assistant"}]}', "a key is there twice.*role"),
+        ({"messages": "[{'role': 'user'}]"}, "JSONDecodeError"),
         ([5], "no format"),
         ({"messages": []}, "no assistant turn"),
         ({"messages": [{**ANSWER, "tool_calls": "x"}]}, r"messages\[0\]: tool_calls is 'x'"),
@@ -238,14 +377,17 @@ def test_a_format_that_is_named_decides_between_two(tmp_path):
             r"messages\[0\]: .*image_url.*only text",
         ),
         ({"messages": [ASK, ANSWER], "images": ["a.png"]}, "'images': only text"),
-        ({"messages": [ASK, ANSWER], "tools": "{"}, "JSONDecodeError"),
+        ({"messages": [ASK, ANSWER], "tools": "{"}, "tools is '{', not a list"),
         ({"messages": [{"role": "system", "content": "a"}, ASK, ANSWER], "system": "b"}, "both a 'system' column and"),
         ({"messages": [ASK, ANSWER], "train": False}, "'train' = False"),
+        ({"messages": [ASK, ANSWER], "loss": False}, "'loss' = False for the whole row"),
+        ({"messages": [ASK, ANSWER], "system": 0}, r"messages\[0\]: the content is '0'"),
         ({"prompt": "a", "completion": 3}, r"messages\[1\]: the content is '3'"),
         ({"prompt": "a", "completion": "b", "label": False}, "'label' = False"),
         ({"prompt": "a", "completion": "b", "input": "c"}, "'input' = 'c'"),
         ({"instruction": 3, "output": "b"}, r"messages\[0\]: the content is '3'"),
         ({"instruction": 3, "input": "a", "output": "b"}, "TypeError"),
+        ({"instruction": "a", "input": 0, "output": "b"}, "TypeError"),
         ({"instruction": "a", "output": "b", "history": [["a", "b", "c"]]}, "too many values to unpack"),
         ({"conversations": [{"from": "robot", "value": "a"}]}, r"messages\[0\]: the role 'robot'"),
         ({"conversations": [{"from": "human", "value": None}]}, r"messages\[0\]: the content is 'None'"),
@@ -361,9 +503,9 @@ def test_squad_is_context_question_and_first_answer(monkeypatch):
 def test_a_file_of_another_kind_is_refused_with_the_kinds_that_are_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
-    (tmp_path / "folder/chats.csv").write_text("question,answer\n")
-    with pytest.raises(ValueError, match=r"folder/chats.csv.*my_data.py.*\.jsonl"):
-        data.load_dataset_class("folder/chats.csv", {})
+    (tmp_path / "folder/chats.xlsx").write_text("question,answer\n")
+    with pytest.raises(ValueError, match=r"folder/chats.xlsx.*my_data.py.*\.jsonl"):
+        data.load_dataset_class("folder/chats.xlsx", {})
 
 
 # ---- splits and mixtures ---------------------------------------------------------------------------------------------
@@ -381,16 +523,56 @@ def test_a_fraction_is_held_out_the_same_way_each_time(tmp_path):
         data.load_mixture(config.load(None, [f"data.dataset={path}", "data.args.validation=2"]))
 
 
-def test_a_dataset_of_the_hub_is_split_by_name_or_fraction(monkeypatch):
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train.jsonl", "validation.jsonl", "test.jsonl"), ("train.jsonl", "val.jsonl", "extra.jsonl"),
+        ("data/train-00000-of-00002.jsonl", "data/dev-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl"),
+        ("train/test.jsonl", "valid/train.jsonl", "TEST/0.jsonl"), ("chats.jsonl", "chats_val.jsonl", "eval-1.jsonl"),
+    ],
+)  # fmt: skip
+def test_files_of_a_folder_are_splits_where_their_names_say_so(tmp_path, names, capsys):
+    for name in names:
+        (tmp_path / "train set" / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / "train set" / name, {**SAME["prompt_completion"][0], "prompt": name})
+    splits = data.load_dataset_class(f"{tmp_path}/train set", {}).formatted_ds
+    assert {split: questions(rows) for split, rows in splits.items()} == {"train": [names[0]], "validation": [names[1]]}
+    said = next(line for line in capsys.readouterr().err.splitlines() if "left out" in line)
+    assert names[2] in said and names[0] not in said
+    path = f"{tmp_path}/train set/{names[2]}"
+    splits = data.load_dataset_class(f"{tmp_path}/train set", {"validation": path}).formatted_ds
+    assert {split: questions(rows) for split, rows in splits.items()} == {"train": [names[0]], "validation": [names[2]]}
+    splits = data.load_dataset_class(f"{tmp_path}/train set", {"validation": None}).formatted_ds
+    assert {split: questions(rows) for split, rows in splits.items()} == {"train": [names[0]]}
+
+
+def test_a_folder_whose_names_say_nothing_is_held_out_from_by_fraction(tmp_path, capsys):
+    for name in ("contest", "trainer", "latest"):
+        write(tmp_path / f"{name}.jsonl", *[SAME["messages"][0]] * 20)
+    splits = data.load_dataset_class(str(tmp_path), {}).formatted_ds
+    assert [len(rows) for rows in splits.values()] == [57, 3]
+    assert "left out" not in capsys.readouterr().err
+    (tmp_path / "only").mkdir()
+    write(tmp_path / "only/test.jsonl", SAME["messages"][0])
+    with pytest.raises(ValueError, match="no rows"):
+        data.load_dataset_class(str(tmp_path / "only"), {})
+
+
+def test_a_dataset_of_the_hub_is_split_by_name_or_fraction(monkeypatch, capsys):
     row = SAME["alpaca"][0]
     loaded = datasets.DatasetDict({name: datasets.Dataset.from_list([row] * 20) for name in ("train", "test")})
-    monkeypatch.setattr(data.datasets, "load_dataset", lambda path, subset: loaded)
+    subsets = []
+    monkeypatch.setattr(data.datasets, "load_dataset", lambda path, subset: subsets.append(subset) or loaded)
     for validation, sizes in (("test", [20, 20]), (0.1, [18, 2]), (None, [20])):
         splits = data.load_dataset_class("owner/name", {"validation": validation}).formatted_ds
         assert [len(rows) for rows in splits.values()] == sizes
         assert splits["train"][3]["messages"] == SAME["alpaca"][1]
     with pytest.raises(ValueError, match="owner/name has no split 'validation'.*train.*test"):
         data.load_dataset_class("owner/name", {})
+    loaded["dev"] = loaded["test"].select([0])
+    splits = data.load_dataset_class("owner/name", {"subset": 2024}).formatted_ds
+    assert [len(rows) for rows in splits.values()] == [20, 1] and subsets == [None] * 4 + ["2024"]
+    assert "left out: test" in capsys.readouterr().err
 
 
 def test_a_split_is_needed_where_it_is_read_and_read_nowhere_else(tmp_path):
