@@ -25,7 +25,10 @@ FORMATS = {  # and the columns that a row of each has
     "prompt_completion": {"prompt", "completion"},  # two texts, or two lists of messages: the completion is trained
     "alpaca": {"instruction", "output"},  # and perhaps those of `OF_ALPACA`
     "sharegpt": {"conversations"},  # [{"from": "human", "value": "..."}, ...]
+    "text": {"text"},  # a document, all of which is trained
+    "tokens": {"input_ids", "labels"},  # labels: the same ids, -100 where nothing is trained
 }
+NO_CHAT = ("text", "tokens")  # formats that are read only where `data.args.format` names them
 NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")
 OF_ALPACA = ("input", "history")
 PASSED_ON = ("tools", "functions", "answers", "id", "weight", *NOT_TEXT)  # columns that a row of any format may have
@@ -262,7 +265,8 @@ def to_conversations(batch: dict[str, list], features: datasets.Features, format
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         rows = [without_filled_in(row, features) for row in rows]
     conversations = [to_conversation(row, format, columns) for row in rows]
-    return {name: [each.get(name) for each in conversations] for name in ("messages", *PASSED_ON, "unread")}
+    names = ("messages", *PASSED_ON, *FORMATS["text"], *FORMATS["tokens"], "unread")
+    return {name: [each.get(name) for each in conversations] for name in names}
 
 
 def to_conversation(row, format: str | None, columns: dict) -> dict:
@@ -275,7 +279,8 @@ def to_conversation(row, format: str | None, columns: dict) -> dict:
         others = {name: value for name, value in row.items() if name not in columns.values()}
         row = others | {name: row[theirs] for name, theirs in columns.items()}
     there = {name for name, value in row.items() if value is not None} if isinstance(row, dict) else set()
-    fitting = [name for name, needed in FORMATS.items() if needed <= there and format in (None, name)]
+    wanted = [format] if format in FORMATS else [name for name in FORMATS if name not in NO_CHAT and format is None]
+    fitting = [name for name in wanted if FORMATS[name] <= there]
     if len(fitting) != 1:
         kinds = f"{' and '.join(fitting) or 'no format'} with data.args.format = {format or 'null'}"
         fix = f"there are {FORMATS}; data.args.columns={{messages: dialogue}} takes the column dialogue for messages"
@@ -287,14 +292,15 @@ def to_conversation(row, format: str | None, columns: dict) -> dict:
     texts = [name for name in ("messages", "conversations") if name in FORMATS[format] and isinstance(row[name], str)]
     row = row | {name: DECODER.decode(row[name]) for name in texts}
     convert = {"prompt_completion": from_prompt_completion, "alpaca": from_alpaca, "sharegpt": from_sharegpt}
-    messages = convert[format](row) if format in convert else row["messages"]
-    if row.get("system") not in (None, ""):
+    messages = convert[format](row) if format in convert else row.get("messages")
+    if format not in NO_CHAT and row.get("system") not in (None, ""):
         if messages and messages[0].get("role") == "system":
             raise ValueError("has both a 'system' column and a system turn; leave one out")
         messages = [{"role": "system", "content": row["system"]}, *messages]
     read = {"system", *PASSED_ON, *FORMATS[format], *(OF_ALPACA if format == "alpaca" else ())}
-    kept = {name: row[name] for name in PASSED_ON if row.get(name) is not None}
-    return {"messages": messages, **kept, "unread": sorted(there - read)}
+    passed_on = (*PASSED_ON, *(FORMATS[format] if format in NO_CHAT else ()))
+    kept = {name: row[name] for name in passed_on if row.get(name) is not None}
+    return {"messages": None if format in NO_CHAT else messages, **kept, "unread": sorted(there - read)}
 
 
 def from_prompt_completion(row: dict) -> list[dict]:
@@ -353,12 +359,19 @@ def at_row(rows, i: int, name: str):
 
 
 def normalize(row) -> dict:
-    """A row as {"messages": [...]}, with `tools` (a list), `answers` (texts), `id` and the columns that are `unread`
-    where it has them. Raises ValueError with the reason if it cannot be trained on."""
+    """A row as {"messages": [...]}, {"text": ...} or {"input_ids": [...], "labels": [...]}, with `tools` (a list),
+    `answers` (texts), `id` and the columns that are `unread` where it has them. Raises ValueError with the reason if it
+    cannot be trained on."""
     row = row if isinstance(row, dict) else {"messages": row}
     if present := [name for name in NOT_TEXT if row.get(name)]:
         raise ValueError(f"has {present[0]!r}: only text is trained here; leave such rows out")
     messages, answers = row.get("messages"), row.get("answers")
+    if messages is None and isinstance(row.get("text"), str):
+        return {"text": row["text"], "unread": row.get("unread")}
+    if messages is None and row.get("input_ids") is not None:
+        if len(row["input_ids"]) != len(row["labels"]) or not all(isinstance(id, int) for id in row["input_ids"]):
+            raise ValueError("input_ids and labels must be lists of integers of one length")
+        return {name: row.get(name) for name in ("input_ids", "labels", "unread")}
     tools = row.get("tools") or row.get("functions")  # as OpenAI called them until 2023
     with contextlib.suppress(json.JSONDecodeError):  # `check_objects` refuses it
         tools = DECODER.decode(tools) if tools and isinstance(tools, str) else tools  # JSON text in some datasets

@@ -90,6 +90,8 @@ def eval_examples(entries, tokenizer, chat_template: str, stop_ids, max_examples
     for dataset, (rows, name) in enumerate(splits):
         for i in range(len(rows))[:max_examples]:
             conversation = read_conversation(rows, i, name)
+            if "messages" not in conversation:  # a document
+                continue
             messages = conversation["messages"]
             last = max(n for n, message in enumerate(messages) if message["role"] == "assistant")
             messages = [{**message, **dict.fromkeys(SWITCHES)} for message in messages[: last + 1]]

@@ -140,7 +140,8 @@ def split_metrics(cfg, tokenizer, examples) -> tuple[dict, dict[str, list[int]]]
         edges = np.flatnonzero(np.diff(labels != IGNORE_INDEX, prepend=False, append=False))
         last_ids.update(input_ids[edges[1::2] - 1].tolist())  # edges: starts and ends of the trained turns
         hashes["conversations"].append(hash(input_ids.tobytes()))
-        hashes["prompts"].append(hash(input_ids[: edges[0]].tobytes()))
+        if edges[0]:
+            hashes["prompts"].append(hash(input_ids[: edges[0]].tobytes()))
     lengths, tokens, trained = examples.lengths, int(examples.lengths.sum()), int(examples.trained_tokens.sum())
     metrics = {
         "conversations": len(examples),

@@ -26,6 +26,7 @@ FEATURES = datasets.Features(
     {
         **{"input_ids": IDS, "labels": IDS, "trained_tokens": datasets.Value("int32")},
         **{"digest": datasets.Value("binary"), "notes": datasets.List(datasets.Value("string"))},
+        "is_text": datasets.Value("bool"),  # a document, which may be cut into pieces
     }
 )
 
@@ -42,9 +43,9 @@ def load_tokenizer(cfg):
         raise ValueError(f"{name}: {error}") from error
 
 
-def choose_template(cfg, tokenizer, entries: list[data.MixtureEntry]) -> str:
+def choose_template(cfg, tokenizer, entries: list[data.MixtureEntry]) -> str | None:
     """The chat template that is trained and saved: that of the configuration, else of the datasets, else of the
-    tokenizer."""
+    tokenizer, which may have none."""
     requested = cfg.tokenizer.chat_template
     brought = {entry.dataset.task_spec.custom_template for entry in entries}
     if not requested and len(brought) > 1:
@@ -55,6 +56,8 @@ def choose_template(cfg, tokenizer, entries: list[data.MixtureEntry]) -> str:
         chat_template = tokenizer.chat_template
     else:
         chat_template = requested or brought.pop() or tokenizer.chat_template
+    if chat_template is None:  # An error where a row is a chat.
+        return None
     if not isinstance(chat_template, str) or "{" not in chat_template:
         raise ValueError(f"chat template {str(chat_template)[:99]!r} is not Jinja text; see tokenizer.chat_template")
     for name, value in cfg.tokenizer.template_arguments.items():  # Saved with the template, as defaults of a server.
@@ -104,9 +107,9 @@ def tokenize(rows, name: str, tokenizer, chat_template: str, train_on: str, cach
     global job
     modules = sys.modules[__name__], data, files, templates, spans, tracing
     code = [Path(module.__file__).read_text("utf-8") for module in modules]
-    today = str(date.today()) if "strftime_now" in chat_template else ""
+    today = str(date.today()) if "strftime_now" in (chat_template or "") else ""
     made_by = [tokenizer.backend_tokenizer.to_str(), str(tokenizer.special_tokens_map), *code]
-    parts = [fingerprint(rows), chat_template, train_on, today, *made_by]
+    parts = [fingerprint(rows), chat_template or "", train_on, today, *made_by]
     key = hashlib.sha256(b"".join(hashlib.sha256(part.encode()).digest() for part in parts)).hexdigest()[:32]
     cache.mkdir(parents=True, exist_ok=True)
     parallel = sys.platform == "linux" and workers > 1 and len(rows) > 1000
@@ -131,24 +134,33 @@ def fingerprint(rows) -> str:
 
 
 def encode_row(rows, i: int, name: str, tokenizer, chat_template: str, train_on: str):
-    """Row i of a split, as (`templates.Encoded`, notes). Raises ValueError with the row's place and what is wrong."""
+    """Row i of a split, as (`templates.Encoded`, notes, whether it is a text). Raises ValueError with the row's place
+    and what is wrong with it."""
     row = data.read_conversation(rows, i, name)
+    notes = [f"nothing reads the column {column!r}" for column in row.get("unread") or []]
     with data.at_row(rows, i, name):
-        encoded, notes = templates.encode_with_notes(
-            tokenizer, row["messages"], row.get("tools"), chat_template, train_on
-        )
-    return encoded, [*notes, *(f"nothing reads the column {column!r}" for column in row.get("unread") or [])]
+        if "text" in row:
+            ids = tokenizer(row["text"]).input_ids  # with BOS and EOS where the tokenizer puts them
+            return templates.Encoded(ids, ids), notes, True
+        if "input_ids" in row:
+            ids, labels = row["input_ids"], row["labels"]
+            if wrong := [id for id in {*ids, *labels} - {templates.IGNORE_INDEX} if not 0 <= id < len(tokenizer)]:
+                raise ValueError(f"input_ids or labels has {wrong[0]}, which is no token of the tokenizer")
+            return templates.Encoded(ids, labels), notes, False
+        messages, tools = row["messages"], row.get("tools")
+        encoded, found = templates.encode_with_notes(tokenizer, messages, tools, chat_template, train_on)
+    return encoded, notes + found, False
 
 
 def tokenize_row(row: dict) -> dict:
     """Row i of the split that is tokenized. `row`: its number, as {"i": i}."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # One thread for each worker.
     rows, *options = job
-    encoded, notes = encode_row(rows, row["i"], *options)
+    encoded, notes, is_text = encode_row(rows, row["i"], *options)
     input_ids, labels = (np.array(ids, dtype=np.int32) for ids in encoded)
     digest = hashlib.sha256(input_ids.tobytes() + labels.tobytes()).digest()
     found = {"trained_tokens": count_trained(labels), "digest": digest, "notes": notes}
-    return {"input_ids": input_ids, "labels": labels, **found}
+    return {"input_ids": input_ids, "labels": labels, "is_text": is_text, **found}
 
 
 def count_trained(labels: np.ndarray) -> int:
@@ -156,10 +168,19 @@ def count_trained(labels: np.ndarray) -> int:
     return int(np.count_nonzero(labels[1:] != templates.IGNORE_INDEX))
 
 
+def cut(lengths: np.ndarray, is_text: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(row, start, end) of each example, int64: the documents that are text are cut into pieces of `size` tokens."""
+    pieces = np.where(is_text, -(-lengths // size), 1)
+    rows = np.repeat(np.arange(len(lengths)), pieces)
+    starts = (np.arange(len(rows)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * size
+    return rows, starts, np.minimum(lengths[rows], np.where(is_text[rows], starts + size, lengths[rows]))
+
+
 class TokenizedDataset:
     """Tokenized conversations in memory-mapped files, so that no rank holds the tokens in memory.
 
-    For each example: `lengths` and `trained_tokens`, int32 (examples,), and `row_ids`, its row in the split, int64.
+    For each example: `lengths` and `trained_tokens`, int32 (examples,), and `row_ids`, its row in the split, and
+    `starts`, its first token there, int64. A document of format text is cut into as many examples as it takes.
     Datasets follow one another: `names`, `weights`, `counts` and `totals` of each. `digest`: of all tokens and labels.
     `notes`: what may surprise in the rows, one line of each kind with its number of rows.
     `files`: of each, what `tokenize` returned. Raises ValueError for an overlong example if `overlong` is error."""
@@ -179,28 +200,35 @@ class TokenizedDataset:
                 for kind, example in {note.partition(": ")[0]: note.partition(": ")[2] for note in notes}.items():
                     rows[kind].append(f"{row}: {example}" if example else f"{row}")
             self.notes += [f"{kind} ({len(r):,} rows of {name}; row {r[0]})" for kind, r in rows.items()]
+            is_text = table.column("is_text").to_numpy()
+            row_ids, starts, ends = cut(lengths.astype(np.int64), is_text, max_seq_length)
+            lengths = (ends - starts).astype(np.int32)
+            trained = np.where(is_text[row_ids], lengths - 1, trained[row_ids])
             too_long = lengths > max_seq_length
             if overlong == "error" and too_long.any():
-                row, rule = too_long.argmax(), f"data.max_seq_length = {max_seq_length} or data.overlong = error"
-                raise ValueError(f"{name}: row {row} has {lengths[row]} tokens: change {rule}")
+                row, rule = (
+                    row_ids[too_long.argmax()],
+                    f"data.max_seq_length = {max_seq_length} or data.overlong = error",
+                )
+                raise ValueError(f"{name}: row {row} has {lengths[too_long.argmax()]} tokens: change {rule}")
             if overlong == "truncate":
                 lengths = np.minimum(lengths, max_seq_length)
                 for i in np.flatnonzero(too_long).tolist():
-                    trained[i] = count_trained(labels[i].values.to_numpy()[:max_seq_length])
+                    trained[i] = count_trained(labels[int(row_ids[i])].values.to_numpy()[:max_seq_length])
             fits = lengths <= max_seq_length
-            row_ids = np.flatnonzero(fits & (trained > 0))
+            chosen = fits & (trained > 0)
             self.columns.append((input_ids, labels))
-            kept.append((row_ids, lengths[row_ids], trained[row_ids]))
+            kept.append((row_ids[chosen], starts[chosen], lengths[chosen], trained[chosen]))
             self.totals.append(
                 {
-                    "conversations": len(row_ids),
-                    "tokens": int(lengths[row_ids].sum(dtype=np.int64)),
-                    "trained_tokens": int(trained[row_ids].sum(dtype=np.int64)),
+                    "conversations": int(chosen.sum()),
+                    "tokens": int(lengths[chosen].sum(dtype=np.int64)),
+                    "trained_tokens": int(trained[chosen].sum(dtype=np.int64)),
                     "overlong": int(too_long.sum()),
                     "nothing_to_train": int((fits & (trained == 0)).sum()),
                 }
             )
-        self.row_ids, self.lengths, self.trained_tokens = map(np.concatenate, zip(*kept, strict=True))
+        self.row_ids, self.starts, self.lengths, self.trained_tokens = map(np.concatenate, zip(*kept, strict=True))
         self.counts = [total["conversations"] for total in self.totals]
         self.ends, self.digest = np.cumsum(self.counts), digest.hexdigest()
 
@@ -215,8 +243,9 @@ class TokenizedDataset:
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """(input_ids, labels) of example i, int32 (tokens,), read-only."""
-        row, length = int(self.row_ids[i]), self.lengths[i]
-        input_ids, labels = (column[row].values.to_numpy()[:length] for column in self.columns[self.dataset_index(i)])
+        row, start, end = int(self.row_ids[i]), self.starts[i], self.starts[i] + self.lengths[i]
+        columns = self.columns[self.dataset_index(i)]
+        input_ids, labels = (column[row].values.to_numpy()[start:end] for column in columns)
         return input_ids, labels
 
     def dataset_index(self, i: int) -> int:

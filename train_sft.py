@@ -414,6 +414,7 @@ def validate(
         evaluate.eval_example(tokenizer, *examples[i], stop_ids, None, examples.dataset_index(i))
         for i in examples.first(cfg.validation.samples)
     ]
+    samples = [sample for sample in samples if sample.prompt]  # A document has none.
     model.eval()
     cast = functools.partial(cast_params, model, getattr(torch, cfg.model.dtype))
     with cast():

@@ -217,3 +217,33 @@ def test_template_arguments_hold_in_training_and_are_a_servers_defaults(value):
         served = TOKENIZER.apply_chat_template(messages, chat_template=chosen, tokenize=False, enable_thinking=other)
         assert served == templates.render(template, messages, enable_thinking=other).text
     assert TOKENIZER.apply_chat_template(messages, chat_template=chosen, tokenize=False).count(str(value)) == 1
+
+
+def test_documents_are_trained_whole_in_pieces_and_tokens_as_they_are(tmp_path):
+    text, ids = "Oslo is the capital of Norway. " * 40, TOKENIZER("Paris, of course.").input_ids
+    chats = write(tmp_path / "text.jsonl", {"text": text, "source": "a"}, {"text": "Short."})
+    rows = data.read_files([chats], "text")
+    examples = tokens.TokenizedDataset([tokenize(rows, tmp_path / "cache")], max_seq_length=100)
+    whole = TOKENIZER(text).input_ids
+    assert np.concatenate([examples[i][0] for i in range(len(examples) - 1)]).tolist() == whole
+    assert all((input_ids == labels).all() for input_ids, labels in map(examples.__getitem__, range(len(examples))))
+    assert examples.lengths[:-2].tolist() == [100] * (len(examples) - 2) and examples.row_ids[-1] == 1
+    assert examples.trained_tokens.tolist() == (examples.lengths - 1).tolist()
+    assert any("'source'" in note for note in examples.notes)
+    labels = [-100, *ids[1:]]
+    rows = data.read_files([write(tmp_path / "ids.jsonl", {"input_ids": ids, "labels": labels})], "tokens")
+    examples = examples_of(tmp_path, rows)
+    assert [column.tolist() for column in examples[0]] == [ids, labels]
+    for row, named in (
+        ({"input_ids": [1, 99999], "labels": [1, -100]}, "99999"),
+        ({"input_ids": [1], "labels": []}, ""),
+    ):
+        with pytest.raises(ValueError, match=f"wrong.jsonl:1: .*labels.*{named}"):
+            tokenize(data.read_files([write(tmp_path / "wrong.jsonl", row)], "tokens"), tmp_path / "cache")
+    with pytest.raises(ValueError, match="text.jsonl:1: .*no format"):
+        tokenize(data.read_files([chats], None), tmp_path / "cache")
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
