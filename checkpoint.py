@@ -3,6 +3,7 @@ A checkpoint is written under another name, flushed, and renamed: a folder calle
 
 python checkpoint.py FOLDER/step_00000010 DIR  # makes a model folder of its state/ (a LoRA adapter is merged)
 python checkpoint.py FOLDER/model DIR          # merges a LoRA adapter into its base
+python checkpoint.py FOLDER --push OWNER/NAME [--private]  # uploads the model of a run, or a folder of one, to the Hub
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import itertools
 import json
 import operator
 import os
+import re
 import shutil
 import sys
 import threading
@@ -23,6 +25,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 import config
@@ -37,7 +40,7 @@ warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
 RESUME_SAFE_KEYS = (
     "output_dir", "train.max_steps", "train.max_epochs", "train.max_tokens_per_micro_batch", "validation.", "parallel.",
     "checkpoint.", "logger.", "cluster.", "model.attention", "model.compile", "model.activation_checkpointing",
-    "model.lora.merge", "train.profile",
+    "model.lora.merge", "train.profile", "data.cache",
 )  # fmt: skip
 FILE_BYTES = 2**32  # of a rank's files in state/, about: safetensors copies a file in memory before it is written
 
@@ -307,6 +310,7 @@ class CheckpointWriter:
         try:
             params = read_parameters(unfinished, self.meta_model)
             export(self.meta_model, params, self.tokenizer, self.stop_ids, unfinished / "unfinished_model")
+            write_card(unfinished / "unfinished_model", self.output_dir, info)
             os.rename(unfinished / "unfinished_model", unfinished / "model")
         finally:  # state/ is complete, and is kept where the export fails
             replace(unfinished, final)
@@ -378,6 +382,10 @@ def make_model_folder(folder: Path, target: Path, merge: bool):
         tokenizer = AutoTokenizer.from_pretrained(source)
         export(meta, params, tokenizer, stop_ids_of(meta, tokenizer), unfinished)
     verify_export(unfinished, params)
+    if is_checkpoint:
+        write_card(unfinished, folder.absolute().parent.parent, read_info(folder))
+    elif (source / "README.md").is_file():
+        shutil.copy(source / "README.md", unfinished)
     replace(unfinished, target)
 
 
@@ -389,13 +397,53 @@ def verify_export(folder: Path, params: dict):
         raise RuntimeError(f"{folder} does not hold the trained parameters: {different[:3]}")
 
 
+def write_card(folder: Path, run: Path, info: dict):
+    """Write a model's README.md from the config.yaml of its run and the `info` of its checkpoint; of paths, the end."""
+    if not (run / "config.yaml").is_file():
+        return
+    cfg = config.load(str(run / "config.yaml"), [])
+    mixture = cfg.data.dataset if isinstance(cfg.data.dataset, list) else [{"dataset": cfg.data.dataset}]
+    names = [cfg.model.name, *(entry["dataset"] for entry in mixture)]
+    on_hub = [re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not Path(name).exists() for name in names]
+    base, *data = [name if hub else Path(name).name for name, hub in zip(names, on_hub, strict=True)]
+    metadata = ModelCardData(library_name="transformers", pipeline_tag="text-generation")
+    metadata.base_model = base if "/" in base and not cfg.model.from_scratch else None
+    metadata.datasets = [name for name in data if "/" in name] or None
+    rows = {"base model": f"{base}{' (random parameters)' * cfg.model.from_scratch}", "data": ", ".join(data)}
+    rows |= {name: value for name, value in info.items() if name not in ("data", "base")} | vars(cfg.train)
+    rows |= {"seed": cfg.seed, "max_seq_length": cfg.data.max_seq_length, "LoRA rank": cfg.model.lora.rank}
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    text = f"---\n{metadata}\n---\n\n# {base}, fine-tuned on chats\n\n| | |\n|---|---|\n{table}\n"
+    ModelCard(text).save(folder / "README.md")
+
+
+def push(folder: Path, repo: str, private: bool, api) -> str:
+    """Upload the newest model of a run, or a folder of a model, with a `huggingface_hub.HfApi`. Returns where it is."""
+    model = Path(find_model(str(folder)))
+    there, index = {path.name for path in model.glob("*")}, model / "model.safetensors.index.json"
+    prefix = "adapter_" if "adapter_config.json" in there else ""
+    needed = {f"{prefix}config.json", f"{prefix}model.safetensors", "tokenizer_config.json"}
+    if index.is_file():
+        needed ^= {"model.safetensors", *json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    if needed - there:
+        raise ValueError(f"{model} is not a complete model: it has no {', '.join(sorted(needed - there))}")
+    url = api.create_repo(repo, private=private or None, exist_ok=True)
+    if private and not api.model_info(url.repo_id).private:  # One that exists stays as public as it is.
+        raise ValueError(f"{url} exists and is public: nothing was uploaded")
+    api.upload_folder(repo_id=url.repo_id, folder_path=model)
+    return f"{model} is at {url}"
+
+
 def main(arguments: list[str]):
-    if len(arguments) != 2:
+    is_push = arguments[1:2] == ["--push"] and len(arguments) > 2 and arguments[3:] in ([], ["--private"])
+    if not is_push and (len(arguments) != 2 or arguments[1] == "--push"):
         sys.exit(__doc__)
-    folder, target = map(Path, arguments)
+    folder, target = map(Path, arguments[:2])
     if target.exists():
         sys.exit(f"error: {target} exists; name a new folder")
     try:
+        if is_push:
+            return print(push(folder, arguments[2], "--private" in arguments, HfApi()))
         make_model_folder(folder, target, merge=True)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -55,6 +55,7 @@ class Tokenizer:
 class Data:
     dataset: str | list[dict] = key("squad", "squad | openassistant | my.py:Class | files | Hub id | [{dataset, ...}]")
     args: dict = key({}, "keyword arguments of that dataset class")
+    cache: str | None = key(None, "folder of the tokens; null: sft-tokens below HF_HOME")
     max_seq_length: int = key(1024, "tokens; a longer conversation is overlong", 2)
     overlong: Literal["drop", "truncate", "error"] = key("drop", "what happens to a longer conversation")
     train_on: Literal["all", "last"] = key("all", 'assistant turns; a message\'s own "train": false is always kept')
@@ -152,6 +153,13 @@ def list_keys(cls, prefix: str = ""):
 
 
 KEYS = dict(list_keys(Config))  # The field of every key, by its dotted name.
+# What keys of NeMo-RL's sft.yaml are called here, by the last part of their names; docs/moving.md has more.
+NEMO_RL = dict(pair.split("=") for pair in """max_num_epochs=train.max_epochs max_num_steps=train.max_steps seed=seed
+lr=train.learning_rate weight_decay=train.weight_decay betas=train.betas eps=train.eps precision=model.dtype
+train_global_batch_size=train.global_batch_size train_mb_tokens=train.max_tokens_per_micro_batch model_name=model.name
+max_total_sequence_length=data.max_seq_length max_grad_norm=train.clip_grad_norm val_period=validation.every
+checkpoint_dir=output_dir save_period=checkpoint.every keep_top_k=checkpoint.keep context_parallel_size=parallel.context
+chat_template=tokenizer.chat_template checkpoint_must_save_by=checkpoint.must_save_by""".split())  # fmt: skip
 
 
 def load(path: str | None, overrides: list[str]) -> Config:
@@ -222,6 +230,8 @@ def set_values(config: Config, tree: dict, names: set[str], prefix: str = ""):
                 raise ValueError(f"{name} = {value} must be at least {minimum} ({KEYS[name].metadata['help']})")
             *sections, last = name.split(".")
             setattr(functools.reduce(getattr, sections, config), last, expand(converted, name))
+        elif name.startswith(("policy.", "sft.", "checkpointing.")) and (last := name.rpartition(".")[2]) in NEMO_RL:
+            raise ValueError(f"{name} is {NEMO_RL[last]} here")
         elif isinstance(value, dict):
             set_values(config, value, names, f"{name}.")
         elif inside := [key for key in KEYS if key.startswith(f"{name}.")]:
@@ -238,7 +248,7 @@ def expand(value, name: str):
         return [expand(item, name) for item in value]
     if isinstance(value, dict):
         return {key: expand(item, f"{name}.{key}") for key, item in value.items()}
-    is_path = name.endswith(("output_dir", "model.name", "tokenizer.name", ".dataset", ".validation"))
+    is_path = name.endswith(("output_dir", "data.cache", "model.name", "tokenizer.name", ".dataset", ".validation"))
     if not isinstance(value, str) or not (is_path or name.endswith(".chat_template") and value.endswith(".jinja")):
         return value
     expanded = os.path.expanduser(os.path.expandvars(value))

@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,10 @@ def preview(cfg, options, report: dict, samples: list[tuple[str, str]]):
         report["problems"] += bad_rows(cfg, tokenizer, entries) or [" ".join(str(error).split())]
     else:
         tokenizer.chat_template = prepared["chat_template"]
+        files = [path.stat() for path in Path(prepared["cache"]).glob("*.arrow")]
+        if unused := [file.st_size for file in files if time.time() - file.st_atime > 30 * 24 * 3600]:
+            text = f"{len(unused):,} files of tokens in {prepared['cache']} were not used for a month"
+            report["notes"].append(f"{text}, {sum(unused) / GIB:.2f} GiB; the README says how to delete them")
         for split in ("train", "validation"):
             with problem(report):
                 if (examples := open_split(prepared, split, cfg.data)) is not None:

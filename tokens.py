@@ -1,10 +1,12 @@
 """Conversations tokenized once, cached on disk, and read from memory-mapped files."""
 
 import collections
+import contextlib
 import hashlib
 import json
 import os
 import sys
+import time
 from datetime import date
 from pathlib import Path
 
@@ -85,7 +87,10 @@ def tokenize_splits(cfg, tokenizer, entries: list[data.MixtureEntry]) -> dict:
     chat_template = choose_template(cfg, tokenizer, entries)
     prepared = {"chat_template": chat_template, "train": [None] * len(entries), "validation": [None] * len(entries)}
     prepared |= {"names": [entry.name for entry in entries], "weights": [entry.weight for entry in entries]}
-    cache = Path(huggingface_hub.constants.HF_HOME) / "sft-tokens"
+    cache = Path(cfg.data.cache or f"{huggingface_hub.constants.HF_HOME}/sft-tokens")
+    brought = any(entry.dataset.task_spec.custom_template for entry in entries)
+    whose = {None: "the dataset's" if brought else "the tokenizer's", "tokenizer": "the tokenizer's"}
+    prepared |= {"cache": str(cache), "template": whose.get(cfg.tokenizer.chat_template, "the configuration's")}
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     for k, split, rows, name in data.splits_of(entries):
         prepared[split][k] = tokenize(rows, name, tokenizer, chat_template, cfg.data.train_on, cache, workers)
@@ -120,7 +125,11 @@ def tokenize(rows, name: str, tokenizer, chat_template: str, train_on: str, cach
         tokenize_row, remove_columns=["i"], features=FEATURES, num_proc=workers if parallel else None,
         cache_file_name=str(cache / f"{key}.arrow"), new_fingerprint=key, desc=f"tokenizing {name}",
     )  # fmt: skip
-    return [file["filename"] for file in tokens.cache_files]
+    paths = [file["filename"] for file in tokens.cache_files]
+    for path in paths:
+        with contextlib.suppress(OSError):  # Only their owner may. Not every disk notes by itself when a file is read.
+            os.utime(path, ns=(time.time_ns(), os.stat(path).st_mtime_ns))
+    return paths
 
 
 def fingerprint(rows) -> str:

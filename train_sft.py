@@ -88,7 +88,7 @@ def train(
     # ---- model, DDP or FSDP, optimizer; restored from the checkpoint ----
     model, parallel_model, optimizer, strategy, can_pack = build_model(cfg, device, dataset)
     adapter = getattr(model, "adapter_config", None)
-    info = {"data": train_set.digest, "base": adapter and adapter["revision"]}  # What a checkpoint was trained on.
+    info = {"data": train_set.digest, "base": adapter and adapter["revision"], "chat template": dataset.template}
     if resume_from:
         checkpoint.load(resume_from, model, optimizer, info["base"])
     # Neighboring ranks that share a row (context parallelism) get the same rows, and each its slice of them. A row has
@@ -170,7 +170,7 @@ def train(
             if tracker:
                 tracker.flush()
                 checkpoint.write_status(output_dir, "running", step)  # To be read by people: a resume does not.
-            writer.save(step, model, optimizer, info | val_loss)
+            writer.save(step, model, optimizer, info | {"train/loss": loss} | val_loss)
         slowest = max(slowest, time.perf_counter() - clock)
         if ranks_stopping or step == steps:
             break
@@ -246,6 +246,7 @@ class Data(NamedTuple):
     val_set: tokens.TokenizedDataset | None  # None where the run never validates.
     stop_ids: list[int]
     to_score: list[evaluate.EvalExample] | None
+    template: str  # Whose chat template it is.
 
 
 def load_data(cfg, rank: int, local_rank: int) -> Data:
@@ -280,7 +281,7 @@ def load_data(cfg, rank: int, local_rank: int) -> Data:
         to_score, _ = evaluate.eval_examples(mixture, tokenizer, tokenizer.chat_template, stop_ids, count)
     distributed.wait_for_all("tokens")
     check_same_data(cfg, tokenizer.chat_template, *splits.values())
-    return Data(tokenizer, *splits.values(), stop_ids, distributed.broadcast_object(to_score))
+    return Data(tokenizer, *splits.values(), stop_ids, distributed.broadcast_object(to_score), prepared["template"])
 
 
 def check_same_data(cfg, chat_template: str, train_set, val_set):
@@ -288,7 +289,7 @@ def check_same_data(cfg, chat_template: str, train_set, val_set):
     mine = config.to_dict(cfg) | {"chat template": chat_template}
     mine["training split"], mine["validation split"] = train_set.digest, val_set and val_set.digest
     # The paths of data and model may differ between nodes, but not what is there.
-    mine["data"] |= {"dataset": None, "args": None}
+    mine["data"] |= {"dataset": None, "args": None, "cache": None}
     mine["model"] |= {"name": None}
     mine |= {"cluster": None, "logger": None}
     first = distributed.broadcast_object(mine)
@@ -402,7 +403,7 @@ def validate(
     """Log the token-weighted mean loss over the validation examples, the answers to the sample prompts and, with
     `score` or where the run ends with it, the scores of answers. Adds the loss to `val_losses`, and returns it as
     {"val/loss": ...}. Raises FloatingPointError where it is not finite."""
-    tokenizer, _, examples, stop_ids, to_score = dataset
+    tokenizer, _, examples, stop_ids, to_score, _ = dataset
     # The same examples each time. Each dataset is in rows of its own, so that it has a loss of its own.
     ranges = [examples_of[: cfg.validation.max_examples] for examples_of in examples.ranges()]
     sums = torch.zeros(len(ranges), dtype=torch.float64, device=model.device)

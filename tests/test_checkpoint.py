@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from huggingface_hub import ModelCard, ModelInfo, RepoUrl
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -255,6 +256,78 @@ def test_the_command_makes_a_model_folder(tmp_path):
         checkpoint.main([str(tmp_path / "checkpoints/step_00000001"), str(tmp_path / "made")])
 
 
+def test_a_model_card_says_what_was_trained_and_nothing_of_this_machine(tmp_path):
+    (tmp_path / "alice/base").mkdir(parents=True)
+    mixture = f"[{{dataset: {tmp_path}/alice/chats.jsonl, args: {{validation: {tmp_path}/secret}}}}, {{dataset: a/b}}]"
+    overrides = [f"model.name={tmp_path}/alice/base", f"data.dataset={mixture}", "logger.wandb.name=secret"]
+    overrides += [f"tokenizer.chat_template={tmp_path}/secret.jinja", f"data.cache={tmp_path}", "train.eps=0.5"]
+    (tmp_path / "config.yaml").write_text(config.dump(config.load(None, [*overrides, f"output_dir={tmp_path}"])))
+    model, optimizer = tiny()
+    info = {"data": "digest", "chat template": "the configuration's", "train/loss": 1.25, "val/loss": 2.5}
+    writer(tmp_path, model).save(1, model, optimizer, info)
+    checkpoint.make_model_folder(tmp_path / "checkpoints/step_00000001", tmp_path / "model", merge=False)
+    text, again = (
+        (tmp_path / f"{name}/README.md").read_text() for name in ("checkpoints/step_00000001/model", "model")
+    )
+    assert text == again and str(tmp_path) not in text and "alice" not in text and "secret" not in text
+    card = ModelCard(text)
+    assert card.data.datasets == ["a/b"] and card.data.base_model is None and "| data | chats.jsonl, a/b |" in text
+    for name, value in [("base model", "base"), ("chat template", "the configuration's"), ("step", 1), ("eps", 0.5),
+                        ("train/loss", 1.25), ("val/loss", 2.5)]:  # fmt: skip
+        assert f"| {name} | {value} |" in text
+    (tmp_path / "config.yaml").write_text(config.dump(config.load(None, ["model.name=owner/base"])))
+    checkpoint.write_card(tmp_path / "model", tmp_path, {})
+    assert ModelCard.load(tmp_path / "model/README.md").data.base_model == "owner/base"
+
+
+class FakeHub:
+    """What `checkpoint.push` calls of `huggingface_hub.HfApi`; the calls are kept. `public`: repositories there."""
+
+    def __init__(self, *public):
+        self.public, self.calls = public, []
+
+    def create_repo(self, repo_id, private=None, exist_ok=False):
+        self.calls.append((repo_id, private, exist_ok))
+        return RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    def model_info(self, repo_id):
+        return ModelInfo(id=repo_id, private=repo_id not in self.public)
+
+    def upload_folder(self, repo_id, folder_path):
+        self.calls.append((repo_id, Path(folder_path)))
+
+
+def test_a_complete_model_is_pushed_and_never_a_private_one_to_a_public_place(tmp_path):
+    trained_and_saved(tmp_path, (1, 2))
+    model = tmp_path / "checkpoints/step_00000002/model"
+    for folder in (tmp_path, model):
+        hub = FakeHub()
+        said = checkpoint.push(folder, "me/mine", True, hub)
+        assert hub.calls == [("me/mine", True, True), ("me/mine", model)] and "https://huggingface.co/me/mine" in said
+    hub = FakeHub("me/mine")
+    with pytest.raises(ValueError, match="me/mine .*public"):
+        checkpoint.push(model, "me/mine", True, hub)
+    assert len(hub.calls) == 1
+    checkpoint.push(model, "me/mine", False, hub)
+    assert hub.calls[1:] == [("me/mine", None, True), ("me/mine", model)]
+    hub = FakeHub()
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="step_00000002/model .* no model-00002-of-00002.safetensors$"):
+        checkpoint.push(model, "me/mine", False, hub)
+    (model / "model-00002-of-00002.safetensors").touch()
+    checkpoint.push(model, "me/mine", False, hub)
+    (model / "tokenizer_config.json").unlink()
+    for folder, missing in ((model, "tokenizer_config.json"), (tmp_path / "nowhere", "config.json")):
+        with pytest.raises(ValueError, match=f"{folder} .* {missing}"):
+            checkpoint.push(folder, "me/mine", False, hub)
+    assert len(hub.calls) == 2
+    for arguments in (["a", "--push"], ["a", "--push", "me/mine", "--public"], ["a", "b", "--private"]):
+        with pytest.raises(SystemExit, match="OWNER/NAME"):
+            checkpoint.main(arguments)
+
+
 def test_two_runs_do_not_write_into_one_folder(tmp_path, capsys):
     cfg = {**config.to_dict(CFG), "output_dir": str(tmp_path / "run")}
     lock, token, _ = checkpoint.open_run_folder(cfg, 0.0)
@@ -292,7 +365,8 @@ def test_keys_that_change_batches_or_model_may_not_differ_and_others_may():
         return checkpoint.differing_keys(config.to_dict(CFG), config.to_dict(config.load(None, [*overrides])))
 
     assert not differing("train.max_steps=7", "parallel.strategy=fsdp", "checkpoint.every=3", "validation.every=2",
-                         "logger.tensorboard.enabled=false", "cluster.gpus_per_node=4")  # fmt: skip
+                         "logger.tensorboard.enabled=false", "cluster.gpus_per_node=4",
+                         "data.cache=elsewhere")  # fmt: skip
     for override in ("seed=1", "train.global_batch_size=8", "data.max_seq_length=99", "model.name=a", "train.eps=1e-3"):
         assert len(differing(override)) == 1 and override.partition("=")[0] in differing(override)[0]
 

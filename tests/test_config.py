@@ -104,6 +104,9 @@ def test_the_resolved_configuration_is_a_file_that_loads_to_itself(tmp_path, val
         ("modle={name: a}", "'model.name'"),
         ("model.lora={rnak: 1}", "'model.lora.rank'"),
         ("model=3", "model.name"),
+        ("policy={train_global_batch_size: 8}", "policy.train_global_batch_size is train.global_batch_size here"),
+        ("policy.optimizer.kwargs={lr: 1}", "policy.optimizer.kwargs.lr is train.learning_rate here"),
+        ("policy.tokenizer.name=a", "'tokenizer.name'"),
         ("seed=a", "seed = 'a' must be int"),
         ("seed=true", "seed = 'true' must be int"),
         ("seed=1.5", "seed = '1.5' must be int"),
@@ -175,6 +178,10 @@ def test_the_configuration_file_may_stand_anywhere(tmp_path, arguments):
     path = tmp_path / ("a=b.yaml" if arguments[0] == "--config={}" else "c.yaml")
     loaded = config.from_command_line([argument.format(path) for argument in arguments])
     assert (loaded.output_dir, loaded.seed) == ("here", 3)
+
+
+def test_what_nemo_rl_keys_are_called_here_is_a_key():
+    assert {*config.NEMO_RL.values()} <= config.KEYS.keys()
 
 
 def test_help_lists_every_key_with_its_type_and_default():

@@ -1,7 +1,9 @@
 """The report before the run, from the command line as a user gives it."""
 
 import json
+import os
 import re
+import time
 
 import pytest
 import torch
@@ -105,6 +107,27 @@ def test_each_reason_for_bad_rows_is_a_problem_with_its_first_row(tmp_path):
     pilot, no_answer = report["problems"]
     assert "chats.jsonl" in pilot and "31" in pilot and "'pilot'" in pilot and "1 more" in pilot
     assert "chats.jsonl" in no_answer and "32" in no_answer and "assistant" in no_answer
+
+
+def test_tokens_not_used_for_a_month_are_named_with_their_size(tmp_path):
+    chats = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": chats}))
+    arguments = [f"data.dataset={tmp_path / 'chats.jsonl'}", "data.args.validation=null", "validation.every=null"]
+    arguments += ["validation.exact_match=0", f"data.cache={tmp_path / 'cache'}", "--json"]
+
+    def notes():
+        found = json.loads(run(tmp_path, "configs/quickstart.yaml", *arguments))["notes"]
+        return [note for note in found if str(tmp_path / "cache") in note]
+
+    assert notes() == [] and len([*(tmp_path / "cache").glob("*.arrow")]) == 1
+    month_ago = time.time() - 31 * 24 * 3600
+    for path in [*(tmp_path / "cache").glob("*.arrow"), tmp_path / "cache/other.arrow"]:
+        path.touch()
+        os.utime(path, (month_ago, month_ago))
+    (tmp_path / "cache/other.arrow").write_bytes(b"x" * 2**24)
+    os.utime(tmp_path / "cache/other.arrow", (month_ago, month_ago))
+    (note,) = notes()  # The tokens of this configuration have just been used.
+    assert "1 files" in note and "0.02 GiB" in note
 
 
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
