@@ -124,6 +124,10 @@ def test_a_merged_adapter_is_a_plain_model_with_equal_logits(trained, arguments,
     weights = {name: w * 2 for name, w in load_file(decoy / "adapter_model.safetensors").items()}
     save_file(weights, decoy / "adapter_model.safetensors")
     checkpoint.main([str(tmp_path / "above/run/model"), str(tmp_path / "of_model")])
+    cards = [
+        (folder / "README.md").read_text() for folder in (trained / "model", tmp_path / "merged", tmp_path / "of_model")
+    ]
+    assert cards[0] == cards[1] == cards[2] and "| LoRA rank | 4 |" in cards[0]
     run(*arguments, "model.lora.dropout=0.1", "model.lora.merge=true", f"output_dir={tmp_path}/run")
     tokenizer = AutoTokenizer.from_pretrained(trained / "model")
     wanted = logits(open_saved(trained / "model", torch.float32), tokenizer)

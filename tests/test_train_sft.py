@@ -104,7 +104,7 @@ def test_a_node_that_reads_other_files_than_the_first_is_refused(tmp_path, monke
 
     monkeypatch.setattr(train_sft.distributed, "broadcast_object", lambda mine: first.setdefault("first", mine))
     check()
-    check("data.dataset=elsewhere.jsonl")
+    check("data.dataset=elsewhere.jsonl", "data.cache=elsewhere")
     for other in ("template", "train", "validation"):
         with pytest.raises(ValueError, match=f"differs from the first node in: (chat )?{other}"):
             check(**{other: "3"})
