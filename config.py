@@ -27,6 +27,7 @@ class Lora:
     dropout: float = key(0.0, "dropout before the adapter", 0)
     targets: Literal["all-linear"] | list[str] = key("all-linear", "all-linear: all but the output layer")
     base: Literal["bfloat16", "float32"] | None = key(None, "dtype of the frozen parameters; null: model.dtype")
+    train_embeddings: bool = key(False, "also train the input embedding and the output layer, fully")
     merge: bool = key(False, "true: model/ is a plain model with the adapter added; false: a PEFT adapter")
 
 
@@ -49,6 +50,7 @@ class Tokenizer:
         None, "Jinja or a .jinja file; tokenizer: its own; null: the dataset's, else its own"
     )
     template_arguments: dict = key({}, "what the template reads besides, as {enable_thinking: false}")
+    add_tokens: list[str] = key([], "special tokens to add, with rows of the embedding where there are none")
 
 
 @dataclass

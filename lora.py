@@ -1,7 +1,9 @@
 """LoRA: trained matrices of low rank beside frozen parameters; adapters in PEFT's format."""
 
+import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 PEFT_KEYS = (
     "peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "bias",
     "target_modules", "inference_mode", "init_lora_weights", "auto_mapping", "peft_version", "megatron_core",
-    "qalora_group_size", "runtime_config",
+    "qalora_group_size", "runtime_config", "modules_to_save",
 )  # fmt: skip
 
 
@@ -58,6 +60,7 @@ def adapter_config(model, model_cfg) -> dict:
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
         "target_modules": targets,
+        "modules_to_save": [*embeddings(model)] if lora.train_embeddings else None,
         "bias": "none",
         "inference_mode": True,
     }
@@ -73,18 +76,29 @@ def linear_layers(model) -> dict[str, torch.nn.Linear]:
     }
 
 
+def embeddings(model) -> dict[str, torch.nn.Module]:
+    """Return the input embedding and the output layer, by the last part of their names."""
+    layers = model.get_input_embeddings(), model.get_output_embeddings()
+    return {name.rpartition(".")[2]: module for name, module in model.named_modules() if module in layers}
+
+
 def is_target(name: str, targets: list[str]) -> bool:
     """Return whether a target is the full name of a module, or the last parts of it."""
     return any(f".{name}".endswith(f".{target}") for target in targets)
 
 
 def add_adapter(model, adapter: dict):
-    """Replace the linear layers that a PEFT configuration names by `LoraLinear`; nothing else is trained."""
+    """Replace the linear layers that a PEFT configuration names by `LoraLinear`; besides, only the embeddings are
+    trained, if it names them. Raises ValueError where other modules are to be trained."""
     model.requires_grad_(False)
     scale = adapter["lora_alpha"] / adapter["r"]
     for name, module in linear_layers(model).items():
         if is_target(name, adapter["target_modules"]):
             model.set_submodule(name, LoraLinear(module, adapter["r"], scale, adapter["lora_dropout"]))
+    if (names := adapter.get("modules_to_save")) and {*names} != {*embeddings(model)}:
+        raise ValueError(f"adapter_config.json: modules_to_save = {names} must be {[*embeddings(model)]} or null")
+    for layer in embeddings(model).values() if names else ():
+        layer.float().requires_grad_(True)
     model.adapter_config = adapter
 
 
@@ -99,9 +113,8 @@ def merge_adapter(model):
     del model.adapter_config
 
 
-def open_adapter(folder: Path, dtype, attention: str | None = None, params: dict | None = None):
-    """Return the base that an adapter's folder names, with the adapter, for answering. `params`: the adapter's, by
-    name; None: those in the folder. Raises ValueError where it is an adapter of another kind."""
+def read_adapter(folder: Path) -> dict:
+    """Return the configuration of an adapter's folder. Raises ValueError where it is an adapter of another kind."""
     adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     plain = {
         "peft_type": adapter["peft_type"] == "LORA",
@@ -112,15 +125,63 @@ def open_adapter(folder: Path, dtype, attention: str | None = None, params: dict
     plain |= {key: not value for key, value in adapter.items() if key not in PEFT_KEYS}
     if others := [key for key, is_plain in plain.items() if not is_plain]:
         raise ValueError(f"{folder}/adapter_config.json: only plain LoRA with a list of target_modules, not {others}")
-    options = {"revision": adapter.get("revision"), "dtype": dtype, "attn_implementation": attention}
-    model = AutoModelForCausalLM.from_pretrained(adapter["base_model_name_or_path"], **options)
-    add_adapter(model, adapter)
+    return adapter
+
+
+def settings_of(model_cfg):
+    """Return a `config.Model` that names an adapter's folder as one that names its base and has the adapter's settings.
+    Raises ValueError where it has requested others."""
+    name, lora, adapter = model_cfg.name, model_cfg.lora, read_adapter(Path(model_cfg.name))
+    embeddings = bool(adapter.get("modules_to_save"))
+    there = {"lora.rank": adapter["r"], "lora.train_embeddings": embeddings, "from_scratch": False}
+    for key, requested in zip(there, (lora.rank, lora.train_embeddings, model_cfg.from_scratch), strict=True):
+        if requested and requested != there[key]:
+            raise ValueError(f"model.{key} = {requested}, but the adapter {name} has {there[key]}: leave the key out")
+    settings = {"rank": adapter["r"], "alpha": adapter["lora_alpha"], "dropout": adapter["lora_dropout"]}
+    lora = dataclasses.replace(lora, **settings, targets=adapter["target_modules"], train_embeddings=embeddings)
+    base, revision = adapter["base_model_name_or_path"], adapter.get("revision")
+    return dataclasses.replace(model_cfg, name=base, revision=revision, lora=lora)
+
+
+def peft_parameters(model, params: dict) -> dict:
+    """Return an adapter's parameters by PEFT's names; tied ones twice, because PEFT unties them."""
+    saved, first = {}, {p: name for name, p in model.named_parameters()}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if p.requires_grad:
+            suffix = ".weight" if "lora_" in name else ""
+            saved[f"base_model.model.{name}{suffix}"] = params[name] if name in params else params[first[p]].clone()
+    return saved
+
+
+def load_adapter(model, folder: Path, params: dict | None = None):
+    """Read an adapter's parameters into a model that has been given its layers, and more rows of the embedding where
+    the adapter has them. `params`: by name; None: those in the folder."""
     if params is None:
         saved = load_file(folder / "adapter_model.safetensors")
-        params = {name.removeprefix("base_model.model.").removesuffix(".weight"): p for name, p in saved.items()}
-    if params.keys() != {name for name, p in model.named_parameters() if p.requires_grad}:
+        params = {re.sub(r"^base_model\.model\.|(?<=lora_[AB])\.weight$", "", name): p for name, p in saved.items()}
+    trained, tied = ({n: p for n, p in model.named_parameters(remove_duplicate=d) if p.requires_grad} for d in (1, 0))
+    if not trained.keys() <= params.keys() <= tied.keys():
         raise ValueError(f"{folder} does not hold the parameters of the layers that its adapter_config.json names")
+    if rows := [len(params[name]) for name in trained if "lora_" not in name]:
+        model.resize_token_embeddings(rows[0], mean_resizing=False)
+    if model.device.type == "meta":
+        return
     model.load_state_dict(params, strict=False)
+    loaded = model.state_dict()
+    if not all(torch.equal(loaded[name], p.to(loaded[name].dtype)) for name, p in params.items()):
+        raise ValueError(f"{folder} has an embedding and an output layer that differ: in its base they are tied")
+
+
+def open_adapter(folder: Path, dtype, attention: str | None = None, params: dict | None = None):
+    """Return the base that an adapter's folder names, with the adapter, for answering. `params`: see `load_adapter`."""
+    adapter = read_adapter(folder)
+    options = {"revision": adapter.get("revision"), "dtype": dtype, "attn_implementation": attention}
+    model = AutoModelForCausalLM.from_pretrained(adapter["base_model_name_or_path"], **options)
+    dtype = model.dtype
+    add_adapter(model, adapter)
+    load_adapter(model, folder, params)
+    for layer in embeddings(model).values():
+        layer.to(dtype)  # where they were trained, in float32
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()

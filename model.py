@@ -23,7 +23,7 @@ import attention
 import distributed
 import lora
 from packing import collate
-from templates import IGNORE_INDEX
+from templates import IGNORE_INDEX, special_ids
 
 logging.disable_progress_bar()  # One bar per export is noise in a log.
 
@@ -42,14 +42,15 @@ def take_device(local_rank: int) -> torch.device:
     return device
 
 
-def load_model(model_cfg, device: torch.device, meta: bool = False) -> torch.nn.Module:
+def load_model(model_cfg, device: torch.device, meta: bool = False, rows: int = 0) -> torch.nn.Module:
     """The model of a `config.Model`, on the CPU, ready for training on `device`; trained parameters are float32.
 
     Random parameters are the same on every rank if the caller has set the seed. `meta`: on the meta device, without
-    values. Raises ValueError for a model that cannot be trained."""
+    values; `rows`: of the embedding, at least. Raises ValueError for a model that cannot be trained."""
+    folder = Path(model_cfg.name)
+    if is_adapter := (folder / "adapter_config.json").is_file():
+        model_cfg = lora.settings_of(model_cfg)
     name, revision = model_cfg.name, model_cfg.revision
-    if (Path(name) / "adapter_config.json").is_file():
-        raise ValueError(f"model.name = {name!r} is a LoRA adapter: merge it with `python checkpoint.py {name} FOLDER`")
     hf_config = AutoConfig.from_pretrained(name, revision=revision)
     kernel = attention.choose(model_cfg.attention, model_cfg.dtype, model_class(name, hf_config), device)
     # Trained parameters are float32. Those below an adapter are frozen, in the dtype of the run or model.lora.base.
@@ -64,7 +65,20 @@ def load_model(model_cfg, device: torch.device, meta: bool = False) -> torch.nn.
         if tied and head is not None and head.weight is not model.get_input_embeddings().weight:
             raise ValueError(f"model.name = {name!r} has an output layer of its own: set tie_word_embeddings=false")
     prepare_for_training(model, model_cfg)
+    if is_adapter:
+        lora.load_adapter(model, folder)
+    add_rows(model, rows)
     return model
+
+
+@torch.no_grad()
+def add_rows(model, rows: int):
+    """Give the input embedding and the output layer so many rows, if they have fewer: the mean of those they have."""
+    old = model.get_input_embeddings().num_embeddings
+    if rows > old:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+        for p in [p for layer in lora.embeddings(model).values() for p in layer.parameters()]:
+            p[old:] = p[:old].float().mean(0)
 
 
 def model_class(name: str, hf_config):
@@ -108,6 +122,8 @@ def check_model(model, cfg, world_size: int, tokenizer, longest: int):
     embedding, positions = model.get_input_embeddings(), max_positions(model)
     if len(tokenizer) > embedding.num_embeddings:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {embedding.num_embeddings}")
+    if cfg.tokenizer.add_tokens and not embedding.weight.requires_grad:
+        raise ValueError("tokenizer.add_tokens needs model.lora.train_embeddings=true, or they would not be trained")
     others = [m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not embedding]
     if longest > positions and any(positions <= module.num_embeddings < longest for module in others):
         raise ValueError(f"the longest conversation has {longest:,} tokens: set data.max_seq_length={positions}")
@@ -119,6 +135,31 @@ def check_model(model, cfg, world_size: int, tokenizer, longest: int):
         raise ValueError(f"parallel.context = {context} must divide the model's {heads} attention heads")
     if world_size == 1 and cfg.parallel.cpu_offload:
         raise ValueError("parallel.cpu_offload needs more than one rank: it is an FSDP feature")
+
+
+@torch.no_grad()
+def notes_of(model, cfg, tokenizer, examples) -> list[str]:
+    """What is trained as it stands but may surprise, a line each. `examples`: a `tokens.TokenizedDataset`."""
+    found, adapter, weight = [], getattr(model, "adapter_config", None), model.get_input_embeddings().weight
+    if adapter:
+        settings = ", ".join(f"{key} {adapter[key]}" for key in ("r", "lora_alpha", "lora_dropout", "target_modules"))
+        others = [(name, m) for name, m in model.named_modules() if not isinstance(m, lora.LoraLinear)]
+        matrices = [(name, p) for name, m in others for p in m.parameters(recurse=False) if p.ndim > 1]
+        frozen = dict.fromkeys(name.split(".")[-1] for name, p in matrices if not p.requires_grad)
+        start = "trained on from" if (Path(cfg.model.name) / "adapter_config.json").is_file() else "of"
+        rest = ", ".join(frozen) or "norms"
+        found.append(f"LoRA {start} {cfg.model.name}: {settings}; frozen, without an adapter: {rest}")
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        found.append("output_router_logits: the router's auxiliary loss (router_aux_loss_coef) is left out")
+    special = sorted(special_ids(tokenizer))
+    if special and not weight.requires_grad and not weight.is_meta:
+        rows, typical = weight[special].float(), weight[:1000].float().std(0).norm()
+        closest = torch.cdist(rows, rows).fill_diagonal_(torch.inf).amin(1)  # (special tokens,)
+        equal = {special[i] for i in (closest < 0.1 * typical).nonzero()[:, 0].tolist()}
+        if ids := sorted(equal & {id for i in examples.first(1000) for id in examples[i][1].tolist()}):
+            names = " ".join(tokenizer.convert_ids_to_tokens(ids))
+            found.append(f"{names}: untrained in the base, and frozen: set model.lora.train_embeddings=true")
+    return found
 
 
 # ---- parallel --------------------------------------------------------------------------------------------------------
@@ -335,10 +376,12 @@ def has_plain_head(model) -> bool:
     if head is None or getattr(head, "bias", None) is not None:  # A bias may be zero now, and trained.
         return False
     try:  # A cap shows on large logits. Only the head is tested, with the attention that runs on any device.
-        with attention.eval_mode(model, "eager"), head.register_forward_hook(lambda _, __, output: 1000 * output):
+        # Cast: trained embeddings beside a frozen base are float32.
+        cast, hook = cast_params(model, model.config.dtype), lambda _, __, output: 1000 * output
+        with cast, attention.eval_mode(model, "eager"), head.register_forward_hook(hook):
             hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
             logits = model(input_ids=ids, use_cache=False).logits.float()
-        plain = 1000 * (hidden @ head.weight.T).float()
+        plain = 1000 * (hidden @ head.weight.T.to(hidden.dtype)).float()
     except Exception:  # Some layers run only on a GPU, and some models have no such decoder.
         return False
     tolerance = {"rtol": 1e-3, "atol": 1e-4 * float(logits.abs().max())}
@@ -352,7 +395,7 @@ def is_pointwise(module, model) -> bool:
         return False
     width = getattr(module, "in_features", model.config.get_text_config().hidden_size)
     try:
-        output = module(torch.zeros(1, 3, width, device=model.device, dtype=model.dtype))
+        output = module(torch.zeros(1, 3, width, device=model.device, dtype=next(module.parameters()).dtype))
     except Exception:  # It takes more than one argument.
         return False
     return isinstance(output, torch.Tensor) and output.shape[:2] == (1, 3)
@@ -394,8 +437,7 @@ def export(meta, params: dict, tokenizer, stop_ids: list[int], folder: Path):
     if hasattr(meta, "adapter_config"):
         text = json.dumps(meta.adapter_config, indent=2) + "\n"
         (folder / "adapter_config.json").write_text(text, encoding="utf-8")
-        params = {f"base_model.model.{name}.weight": p for name, p in params.items()}  # PEFT's names
-        save_file(params, folder / "adapter_model.safetensors")
+        save_file(lora.peft_parameters(meta, params), folder / "adapter_model.safetensors")
         generation.save_pretrained(folder)
     else:
         meta.load_state_dict(params, assign=True, strict=False)

@@ -24,7 +24,7 @@ import checkpoint
 import config
 import packing
 from data import load_mixture, splits_of
-from model import HeadLoss, PackedLoss, blocks, cast_params, check_model, choose_strategy, load_model
+from model import HeadLoss, PackedLoss, blocks, cast_params, check_model, choose_strategy, load_model, notes_of
 from templates import IGNORE_INDEX, special_ids
 from tokens import choose_template, encode_row, find_stop_ids, load_tokenizer, open_split, tokenize_splits
 
@@ -211,7 +211,9 @@ def memory(cfg, tokenizer, gpu_gib: float | None, longest: int, report: dict) ->
     dtype, context = getattr(torch, cfg.model.dtype), cfg.parallel.context
     tokens = math.ceil(batches.get("largest_row_tokens", context * cfg.train.max_tokens_per_micro_batch) / context)
     trained_tokens = min(batches.get("largest_row_supervised", tokens), tokens)
-    model = load_model(cfg.model, torch.device("cuda"), meta=True)
+    rows = len(tokenizer) if cfg.tokenizer.add_tokens else 0
+    model = load_model(cfg.model, torch.device("cuda"), meta=True, rows=rows)
+    report["notes"] += notes_of(model, cfg, tokenizer, None)
     with FakeTensorMode(allow_non_fake_inputs=True):  # The inputs are the meta model's, to be made fake here.
         model.to_empty(device="cpu")
         model.tie_weights()

@@ -39,10 +39,16 @@ FEATURES = datasets.Features(
 def load_tokenizer(cfg):
     """The tokenizer that a `config.Config` names."""
     name, revision = (cfg.tokenizer.name, None) if cfg.tokenizer.name else (cfg.model.name, cfg.model.revision)
+    adapter = Path(name, "adapter_config.json")
+    if adapter.is_file() and not adapter.with_name("tokenizer_config.json").is_file():  # PEFT itself saves none.
+        settings = json.loads(adapter.read_text(encoding="utf-8"))
+        name, revision = settings["base_model_name_or_path"], settings.get("revision")
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:  # What the Hub answers need not name the model.
         raise ValueError(f"{name}: {error}") from error
+    tokenizer.add_tokens(cfg.tokenizer.add_tokens, special_tokens=True)
+    return tokenizer
 
 
 def choose_template(cfg, tokenizer, entries: list[data.MixtureEntry]) -> str | None:

@@ -26,7 +26,7 @@ import distributed
 import evaluate
 import packing
 import tokens
-from model import cast_params, check_model, choose_strategy, load_model, meta_model, parallelize, take_device
+from model import cast_params, check_model, choose_strategy, load_model, meta_model, notes_of, parallelize, take_device
 from tracking import Meter, Tracker
 
 
@@ -302,15 +302,19 @@ def build_model(cfg, device, dataset: Data):
     whether a row can hold several documents)."""
     rank, world_size = distributed.rank_and_world_size()
     dtype, strategy, meta = getattr(torch, cfg.model.dtype), "ddp", None  # One rank has nothing to shard.
+    rows = len(dataset.tokenizer) if cfg.tokenizer.add_tokens else 0
     if world_size > 1 and cfg.parallel.strategy != "ddp":
-        meta = load_model(cfg.model, device, meta=True)
+        meta = load_model(cfg.model, device, meta=True, rows=rows)
         gpu_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
         strategy = choose_strategy(cfg.parallel.strategy, meta, world_size, gpu_bytes)
     torch.manual_seed(cfg.seed)  # Random parameters and adapters are the same on all ranks.
-    model = meta if strategy == "fsdp" and rank > 0 else load_model(cfg.model, device)
+    model = meta if strategy == "fsdp" and rank > 0 else load_model(cfg.model, device, rows=rows)
     longest = max(int(split.lengths.max()) for split in (dataset.train_set, dataset.val_set) if split is not None)
     check_model(model, cfg, world_size, dataset.tokenizer, longest)
-    can_pack = attention.check_packing(model, cfg.model.name, model.dtype) if rank == 0 else True
+    for note in notes_of(model, cfg, dataset.tokenizer, dataset.train_set) if rank == 0 else []:
+        print(note)
+    with cast_params(model, model.config.dtype):  # Trained embeddings are float32, above a frozen base in bfloat16.
+        can_pack = attention.check_packing(model, cfg.model.name, model.dtype) if rank == 0 else True
     distributed.wait_for_all("model")  # Rank 0 may take long to load the model.
 
     cp_group = dist.new_subgroups(cfg.parallel.context)[0] if cfg.parallel.context > 1 else None

@@ -202,6 +202,94 @@ def test_an_adapter_that_peft_made_gives_the_logits_that_peft_gave():
     assert ours == set(load_file(adapter / "adapter_model.safetensors"))
 
 
+EMBEDDINGS = ["model.lora.train_embeddings=true", "tokenizer.add_tokens=[<|im_end|>, <think>, </think>]"]
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def with_embeddings(request, arguments, tmp_path_factory):
+    """A run that trains the embeddings and two new tokens beside the adapter, on a bfloat16 base; what it said."""
+    folder = tmp_path_factory.mktemp("embeddings")
+    arguments = [*arguments, *EMBEDDINGS, "model.dtype=bfloat16", f"output_dir={folder}/run"]
+    if request.param == "untied":
+        untie(arguments, folder)
+    return folder / "run", run(*arguments), arguments
+
+
+def untie(arguments, folder):
+    name = next(k for k, argument in enumerate(arguments) if argument.startswith("model.name="))
+    base = arguments[name].partition("=")[2]
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * 0.5)
+    model.save_pretrained(folder / "base")
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder / "base")
+    arguments[name] = f"model.name={folder}/base"
+
+
+@pytest.mark.slow
+def test_embeddings_and_added_tokens_train_beside_an_adapter(with_embeddings, base, tmp_path):
+    out, said, arguments = with_embeddings
+    saved, state = load_file(out / "model/adapter_model.safetensors"), checkpoint.read_parameters(
+        out / "checkpoints/step_00000004")  # fmt: skip
+    embedding, head = (saved[f"base_model.model.{name}.weight"] for name in ("model.embed_tokens", "lm_head"))
+    tokenizer, rows = AutoTokenizer.from_pretrained(out / "model"), len(AutoTokenizer.from_pretrained(base))
+    assert [tokenizer.convert_tokens_to_ids(t) for t in ("<think>", "</think>")] == [rows, rows + 1]
+    assert embedding.shape == head.shape and len(embedding) == len(tokenizer) == rows + 2
+    assert embedding.dtype == torch.float32 and torch.equal(state["model.embed_tokens.weight"], embedding)
+    assert torch.equal(embedding, head) == ("lm_head.weight" not in state)
+    assert metrics(out)[4] < metrics(out)[1] and "q_proj" in said
+    old = AutoModelForCausalLM.from_pretrained(str(config.load(None, arguments[1:]).model.name))
+    assert not torch.allclose(embedding[:rows].mean(0), old.get_input_embeddings().weight.mean(0), atol=1e-6)
+    ours, text = open_saved(out / "model", torch.float32), "<think>" + PROMPT
+    checkpoint.main([str(out / "checkpoints/step_00000004"), str(tmp_path / "merged")])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    assert merged.config.vocab_size == rows + 2 and ids[0, 0] == rows
+    torch.testing.assert_close(merged(ids).logits, ours(ids).logits, rtol=1e-5, atol=1e-5)
+    theirs = pytest.importorskip("peft").AutoPeftModelForCausalLM.from_pretrained(out / "model").eval()
+    torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [EMBEDDINGS, [EMBEDDINGS[1], "model.lora.rank=0"]])
+def test_added_tokens_under_fsdp_and_after_a_resume(arguments, tmp_path, overrides):
+    for name, strategy, processes in (("one", "auto", 1), ("two", "fsdp", 2)):
+        options = [*arguments, *overrides, f"parallel.strategy={strategy}", f"output_dir={tmp_path}/{name}"]
+        run(*options, processes=processes)
+    run(*options[:-1], f"output_dir={tmp_path}/again", "train.max_steps=2", processes=2)
+    run(*options[:-1], f"output_dir={tmp_path}/again", processes=2)
+    assert metrics(tmp_path / "again") == metrics(tmp_path / "two")
+    for name in ("train/loss", "train/grad_norm", "val/loss"):
+        assert metrics(tmp_path / "two", name) == pytest.approx(metrics(tmp_path / "one", name), rel=1e-5)
+    one, two, again = (open_saved(tmp_path / name / "model", "auto").state_dict() for name in ("one", "two", "again"))
+    assert all(torch.equal(two[name], again[name]) and torch.allclose(two[name], one[name], atol=1e-5) for name in two)
+
+
+@pytest.mark.slow
+def test_a_run_trains_an_adapter_on(trained, arguments, tmp_path):
+    overrides = [f"model.name={trained}/model", "model.lora.rank=0", "model.lora.alpha=1", f"output_dir={tmp_path}/on"]
+    said = run(*arguments, *overrides)
+    assert f"from {trained}/model: r 4, lora_alpha 16" in said
+    assert metrics(tmp_path / "on", "val/loss")[0] == pytest.approx(metrics(trained, "val/loss")[4], rel=1e-6)
+    a, b = (json.loads((run / "model/adapter_config.json").read_text()) for run in (trained, tmp_path / "on"))
+    assert a == b
+    checkpoint.main([str(tmp_path / "on/model"), str(tmp_path / "merged")])
+
+
+def test_an_adapter_is_trained_on_with_its_own_settings():
+    folder = ROOT / "tests/saved_by_peft/adapter"
+    cfg = config.load(None, [f"model.name={folder}", "model.dtype=float32"])
+    model = load_model(cfg.model, torch.device("cpu"))
+    wanted, saved = open_saved(folder, torch.float32).state_dict(), model.state_dict()
+    assert wanted.keys() == saved.keys() and all(torch.equal(saved[name], p) for name, p in wanted.items())
+    assert sum(p.requires_grad for p in model.parameters()) == sum("lora_" in name for name in wanted)
+    assert model.adapter_config["r"] == 2 and model.adapter_config["lora_alpha"] == 6
+    for override, there in (("lora.rank=3", "2"), ("lora.train_embeddings=true", "False"), ("from_scratch=true", "")):
+        cfg = config.load(None, [f"model.name={folder}", f"model.{override}"])
+        with pytest.raises(ValueError, match=f"model.{override.partition('=')[0]} = .* {there} .*adapter"):
+            load_model(cfg.model, torch.device("cpu"))
+
+
 def test_what_is_written_of_an_adapter_is_what_peft_writes(base):
     theirs = json.loads((ROOT / "tests/saved_by_peft/adapter/adapter_config.json").read_text())
     overrides = ["model.lora.rank=2", "model.lora.alpha=6", "model.lora.targets=[v_proj, q_proj, down_proj]"]
