@@ -240,10 +240,10 @@ def random_ids(model, *lengths: int) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def check_packing(model, name: str, dtype: torch.dtype) -> bool:
+def check_packing(model, name: str, dtype: torch.dtype, longest: int = 0) -> bool:
     """Raises ValueError unless attention is causal and a packed row gives the logits that transformers' own attention
     gives, measured in `dtype`, that of the parameters, where rounding hides nothing. Returns whether the documents of a
-    row are isolated; True for a model that runs only on a GPU."""
+    row are isolated, the `longest` of which has so many tokens; True for a model that runs only on a GPU."""
     # In bfloat16, tokens may be routed to other experts by rounding alone.
     limit = 1e-3 if dtype == torch.float32 else 0.2
     (ids,) = random_ids(model, 12)
@@ -266,27 +266,30 @@ def check_packing(model, name: str, dtype: torch.dtype) -> bool:
     difference = (packed - alone).norm() / alone.norm()
     if not difference <= limit:
         raise ValueError(f"model.name = {name!r}: its logits differ by {difference:.1%} in a packed row; {fix}")
-    return isolates_documents(model, model.device, dtype, kernel)
+    return isolates_documents(model, model.device, dtype, kernel, longest)
 
 
 @torch.compiler.set_stance("force_eager")  # A few short rows are not worth a graph.
 @torch.no_grad()
-def isolates_documents(model, device: torch.device, dtype: torch.dtype, kernel: str | None = None) -> bool:
+def isolates_documents(model, device: torch.device, dtype: torch.dtype, kernel: str | None = None, longest: int = 0):
     """Whether each document of a packed row gets the logits that it gets alone, whatever stands beside it: measured on
-    the loaded model, which computes in `dtype` on `device`. Every rank of a sharded model has to call it."""
+    the loaded model, which computes in `dtype` on `device`. Every rank of a sharded model has to call it. One
+    document gets the last positions of the `longest`: some rotary frequencies (longrope) depend on them."""
     second = slice(7, 19)  # of three documents: of 7, 12 and 5 tokens
     ids, other_ids = random_ids(model, 24, 24)
     other_ids[:, second] = ids[:, second]
 
-    def logits(ids, *lengths):  # (tokens, vocabulary)
+    def logits(ids, *lengths, last=0):  # (tokens, vocabulary); `last`: where the positions of the last document begin
         position_ids = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
+        position_ids[:, 24 - 5 :] += last
         ends = [*itertools.accumulate(lengths)]
         row = Documents(ends, torch.tensor([0, *ends], dtype=torch.int32, device=device))
         return model(ids.to(device), position_ids=position_ids, documents=row, use_cache=False).logits[0].float()
 
     with eval_mode(model, kernel):
         alone = logits(ids[:, second], 12)
-        packed, beside_others = (logits(row, 7, 12, 5)[second] for row in (ids, other_ids))
+        packed = logits(ids, 7, 12, 5)[second]
+        beside_others = logits(other_ids, 7, 12, 5, last=max(0, longest - 5))[second]
     scale = alone.abs().max().clamp(min=1e-3)
     rounding = 1e-4 if dtype == torch.float32 else 0.1  # Rows of other lengths may take other kernels.
     leak, difference = (packed - beside_others).abs().max(), (packed - alone).abs().max()

@@ -7,6 +7,7 @@ python chat.py results/squad --system "Paris is in France." --prompt "Where is P
 """
 
 import argparse
+import sys
 
 import torch
 from transformers import TextStreamer
@@ -94,4 +95,5 @@ class Chat:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # A terminal that cannot show a character ends nothing.
     main()

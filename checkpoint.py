@@ -40,8 +40,9 @@ warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
 RESUME_SAFE_KEYS = (
     "output_dir", "train.max_steps", "train.max_epochs", "train.max_tokens_per_micro_batch", "validation.", "parallel.",
     "checkpoint.", "logger.", "cluster.", "model.attention", "model.compile", "model.activation_checkpointing",
-    "model.lora.merge", "train.profile", "data.cache",
+    "model.lora.merge", "train.profile", "data.cache", "tokenizer.date",
 )  # fmt: skip
+LOWER_RATE = "the same command with a lower train.learning_rate resumes from the newest checkpoint"
 FILE_BYTES = 2**32  # of a rank's files in state/, about: safetensors copies a file in memory before it is written
 
 
@@ -108,10 +109,19 @@ def find_resume_checkpoint(cfg: dict) -> tuple[Path | None, bool]:
     if cfg["checkpoint"]["resume"] == "never":
         raise ValueError(f"{place} holds a run already, and checkpoint.resume is never")
     old = config.to_dict(config.load(str(output_dir / "config.yaml"), []))
+    if run_state(output_dir) == "failed" and LOWER_RATE in run_state(output_dir, "reason"):
+        old["train"]["learning_rate"] = cfg["train"]["learning_rate"]
     if differing := differing_keys(old, cfg):
         raise ValueError(f"{place} holds another run: {'; '.join(differing)}. Change it back, or name another folder")
     same_length = all(old["train"][key] == cfg["train"][key] for key in ("max_steps", "max_epochs"))
     return newest, same_length and run_state(output_dir) == "finished" and "model" in names
+
+
+def date_of_run(cfg, launched: float) -> str:
+    """Return the date that a run's template prints: its first launch's, where a checkpoint is left, else today's."""
+    path = Path(cfg.output_dir) / "config.yaml"
+    first = config.load(str(path), []).tokenizer.date if path.is_file() and newest_complete(path.parent) else None
+    return cfg.tokenizer.date or first or str(datetime.date.fromtimestamp(launched))
 
 
 def differing_keys(old: dict, new: dict) -> list[str]:

@@ -51,6 +51,7 @@ class Tokenizer:
     )
     template_arguments: dict = key({}, "what the template reads besides, as {enable_thinking: false}")
     add_tokens: list[str] = key([], "special tokens to add, with rows of the embedding where there are none")
+    date: str | None = key(None, "that the template prints, YYYY-MM-DD; null: of the run's first launch")
 
 
 @dataclass
@@ -67,7 +68,7 @@ class Data:
 class Train:
     global_batch_size: int = key(32, "conversations per optimizer step, over all ranks", 1)
     max_tokens_per_micro_batch: int = key(8192, "how much a rank computes at once; never changes the result", 1)
-    max_epochs: int = key(1, "passes over the training split", 1)
+    max_epochs: int | None = key(1, "passes over the training split; null: as many as max_steps need", 1)
     max_steps: int | None = key(60, "null: as many as the epochs have", 1)
     learning_rate: float = key(5.0e-6, "the peak, reached after warmup_steps", 0)
     schedule: Literal["constant", "linear", "cosine"] = key("constant", "after warmup_steps")
@@ -166,13 +167,13 @@ chat_template=tokenizer.chat_template checkpoint_must_save_by=checkpoint.must_sa
 
 def load(path: str | None, overrides: list[str]) -> Config:
     """Defaults, then the YAML file, then `KEY=VALUE` overrides. ValueError: one line with the key, value and rule."""
-    config, where = Config(), path
+    config, where, named = Config(), path, set()
     try:
         if path is not None:
             tree = yaml.load(Path(path).read_text(encoding="utf-8"), Loader) or {}
             if not isinstance(tree, dict):
                 raise ValueError("must hold keys and values, as `seed: 42`")
-            set_values(config, tree, set())
+            set_values(config, tree, named)
         for where in overrides:
             name, equals, text = where.partition("=")
             if not equals:
@@ -180,9 +181,14 @@ def load(path: str | None, overrides: list[str]) -> Config:
             value = yaml.load(text, Loader)
             unquoted = not isinstance(value, dict | list | Quoted)
             # All of an unquoted text counts: "run #3" is a name, although YAML begins a comment at the #
-            set_values(config, {name: text.strip() if unquoted else value}, set())
+            named |= set_values(config, {name: text.strip() if unquoted else value}, set())
     except (ValueError, OSError, yaml.YAMLError) as error:
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
+    limits = named & {"train.max_steps", "train.max_epochs"}
+    if limits == {"train.max_steps"} and config.train.max_steps:  # The one that is named holds.
+        config.train.max_epochs = None
+    elif limits == {"train.max_epochs"} and config.train.max_epochs:
+        config.train.max_steps = None
     check(config)
     return config
 
@@ -213,8 +219,9 @@ class Loader(yaml.BaseLoader):
         return mapping
 
 
-def set_values(config: Config, tree: dict, names: set[str], prefix: str = ""):
-    """Set the keys of a section from what `Loader` reads. `names`: the keys that the same file has set already."""
+def set_values(config: Config, tree: dict, names: set[str], prefix: str = "") -> set[str]:
+    """Set the keys of a section from what `Loader` reads. `names`: the keys that the same file has set already, to
+    which these are added. Returns it."""
     for name, value in tree.items():
         name = prefix + name  # "train" and then "learning_rate", or "train.learning_rate" at once
         if name in names:
@@ -242,6 +249,7 @@ def set_values(config: Config, tree: dict, names: set[str], prefix: str = ""):
             known = {alias: key for key in KEYS for alias in (re.sub("([a-z])[a-z]*(_|$)", r"\1", key), key)}
             nearest = known[difflib.get_close_matches(name, known, 1, 0.0)[0]]
             raise ValueError(f"there is no key {name!r}; the nearest is {nearest!r}")
+    return names
 
 
 def expand(value, name: str):
@@ -291,6 +299,10 @@ def check(config: Config):
         raise ValueError("train.min_learning_rate needs train.schedule=linear or cosine")
     if not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", config.checkpoint.must_save_by or "00:00:00:00"):
         raise ValueError(f"checkpoint.must_save_by = {config.checkpoint.must_save_by} must be DD:HH:MM:SS")
+    if not re.fullmatch(r"\d{4}-[01]\d-[0-3]\d", config.tokenizer.date or "2026-01-31"):
+        raise ValueError(f"tokenizer.date = {config.tokenizer.date} must be YYYY-MM-DD")
+    if config.train.max_steps is None and config.train.max_epochs is None:
+        raise ValueError("train.max_steps and train.max_epochs are both null: set one of them")
     if config.validation.exact_match and not config.validation.every:
         raise ValueError("validation.exact_match needs validation.every: answers are scored at validations")
     if not config.validation.every and (config.validation.patience or config.checkpoint.final == "best"):

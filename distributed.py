@@ -153,7 +153,7 @@ def fail(error: Exception, record_reason):
     for number in STOP_SIGNALS:  # This rank ends in a moment, once it has said why.
         signal.signal(number, signal.SIG_IGN)
     rank, reason, details = int(os.environ.get("RANK", 0)), " ".join(str(error).split()), ""
-    if not isinstance(error, (ValueError, OSError, FloatingPointError)) or os.environ.get("SFT_TRACEBACK"):
+    if not isinstance(error, (ValueError, OSError, FloatingPointError, MemoryError)) or os.environ.get("SFT_TRACEBACK"):
         reason, details = f"rank {rank}: {type(error).__name__}: {reason}", "".join(traceback.format_exception(error))
     if dist.is_torchelastic_launched():
         if isinstance(error, RuntimeError) and dist.is_initialized():

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import string
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,9 +83,10 @@ def score(examples: list[EvalExample], answers: list[str], names: list[str]) -> 
 # ---- answers ---------------------------------------------------------------------------------------------------------
 
 
-def eval_examples(entries, tokenizer, chat_template: str, stop_ids, max_examples: int | None) -> tuple[list, list]:
+def eval_examples(entries, tokenizer, chat_template: str, stop_ids, max_examples: int | None, date=None):
     """The last assistant turn in the first `max_examples` validation conversations of each dataset (None: all of them),
-    whether it would be trained or not, and the (dataset, row, id) of each. Raises ValueError for a bad row."""
+    whether it would be trained or not, and the (dataset, row, id) of each. `date`: as in `templates.encode`. Raises
+    ValueError for a bad row."""
     examples, places = [], []
     splits = [(rows, name) for _, split, rows, name in splits_of(entries) if split == "validation"]
     for dataset, (rows, name) in enumerate(splits):
@@ -96,7 +98,7 @@ def eval_examples(entries, tokenizer, chat_template: str, stop_ids, max_examples
             last = max(n for n, message in enumerate(messages) if message["role"] == "assistant")
             messages = [{**message, **dict.fromkeys(SWITCHES)} for message in messages[: last + 1]]
             with at_row(rows, i, name):
-                ids, labels = encode(tokenizer, messages, conversation.get("tools"), chat_template, "last")
+                ids, labels = encode(tokenizer, messages, conversation.get("tools"), chat_template, "last", date)
             if {*labels} != {IGNORE_INDEX}:
                 examples.append(eval_example(tokenizer, ids, labels, stop_ids, conversation.get("answers"), dataset))
                 places.append((dataset, i, conversation.get("id")))
@@ -161,13 +163,16 @@ def answer_all(
     right = {text for example in examples for text in (example.reference, *(example.answers or []))}
     max_new_tokens = min(MAX_ANSWER_TOKENS, max(32, *(len(tokenizer.encode(text)) + 8 for text in right)))
     lengths, positions = np.array([len(example.prompt) for example in examples]), max_positions(model)
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    # Beyond it, the longest prompt of a batch may change the rotary frequencies of all.
+    original_length = min(positions, rope.get("original_max_position_embeddings") or positions)
     answered = (lengths > 0) & (lengths < min(positions, max_prompt or positions))
     order = [i for i in np.argsort(-lengths, kind="stable").tolist() if answered[i]]
     texts, start = {}, 0
     with tqdm(total=len(order), desc="answering", unit=" answers", leave=False, disable=rank > 0 or None) as bar:
         while start < len(order):
             longest = int(lengths[order[start]]) + max_new_tokens  # of the prompts that are left
-            size = max(1, max_tokens // longest) if longest <= positions else 1
+            size = max(1, max_tokens // longest) if longest <= original_length else 1
             global_batch = order[start : start + size * world_size]
             batch = global_batch[rank::world_size] or order[-1:]  # A rank without a share computes along.
             distributed.progress()
@@ -215,7 +220,7 @@ def evaluate(name: str, arguments: list[str], max_examples: int | None, output: 
     if rank == 0:
         entries = load_mixture(cfg, scoring=True)
         chat_template = choose_template(cfg, tokenizer, entries)
-        examples, places = eval_examples(entries, tokenizer, chat_template, stop_ids, max_examples)
+        examples, places = eval_examples(entries, tokenizer, chat_template, stop_ids, max_examples, cfg.tokenizer.date)
         names = [entry.name for entry in entries]
     examples = distributed.broadcast_object(examples if rank == 0 else None)
     answers = answer_all(model, tokenizer, examples, stop_ids, cfg.train.max_tokens_per_micro_batch)
@@ -235,5 +240,6 @@ def evaluate(name: str, arguments: list[str], max_examples: int | None, output: 
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # A terminal that cannot show a character ends nothing.
     main()
     distributed.hard_exit()

@@ -89,7 +89,10 @@ def model_class(name: str, hf_config):
     found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(hf_config), None)
     if found is None:
         raise ValueError(f"model.name = {name!r} ({hf_config.model_type}) is not a causal language model")
-    return found[0] if isinstance(found, (list, tuple)) else found
+    found = found[0] if isinstance(found, (list, tuple)) else found
+    if found.config_class not in MODEL_FOR_CAUSAL_LM_MAPPING:  # So AutoModelForCausalLM would not open what is saved.
+        raise ValueError(f"model.name = {name!r} ({hf_config.model_type}) cannot be saved as a model of its own")
+    return found
 
 
 def open_saved(name: str, dtype, kernel: str | None = None):
@@ -116,16 +119,19 @@ def max_positions(model) -> int:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
 
 
-def check_model(model, cfg, world_size: int, tokenizer, longest: int):
+def check_model(model, cfg, world_size: int, tokenizer, longest: int) -> list[str]:
     """Raises ValueError where the model has no embedding for a token or for a position of the longest example (in
-    tokens), or where this number of ranks cannot do what the section `parallel` requests."""
+    tokens), or where this number of ranks cannot do what the section `parallel` requests. Returns what may surprise."""
     embedding, positions = model.get_input_embeddings(), max_positions(model)
     if len(tokenizer) > embedding.num_embeddings:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {embedding.num_embeddings}")
     if cfg.tokenizer.add_tokens and not embedding.weight.requires_grad:
         raise ValueError("tokenizer.add_tokens needs model.lora.train_embeddings=true, or they would not be trained")
     others = [m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not embedding]
-    if longest > positions and any(positions <= module.num_embeddings < longest for module in others):
+    is_table = any(positions <= module.num_embeddings < longest for module in others)
+    # Dynamic frequencies, beyond the positions, are those of the longest row so far.
+    is_dynamic = "'dynamic'" in str(getattr(model.config.get_text_config(), "rope_parameters", None))
+    if longest > positions and (is_table or is_dynamic):
         raise ValueError(f"the longest conversation has {longest:,} tokens: set data.max_seq_length={positions}")
     replicas, context = cfg.parallel.replicas, cfg.parallel.context
     heads = getattr(model.config.get_text_config(), "num_attention_heads", 0)
@@ -135,6 +141,8 @@ def check_model(model, cfg, world_size: int, tokenizer, longest: int):
         raise ValueError(f"parallel.context = {context} must divide the model's {heads} attention heads")
     if world_size == 1 and cfg.parallel.cpu_offload:
         raise ValueError("parallel.cpu_offload needs more than one rank: it is an FSDP feature")
+    beyond = f"the longest conversation has {longest:,} tokens, the model's max_position_embeddings are {positions:,}"
+    return [f"{beyond}; see data.max_seq_length"] if longest > positions else []
 
 
 @torch.no_grad()

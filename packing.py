@@ -24,8 +24,18 @@ def epoch_sizes(counts, weights) -> list[int]:
 def steps_of_run(counts, weights, train_cfg) -> tuple[int, int]:
     """(optimizer steps of an epoch, of the run) for a `config.Train`; `counts` and `weights` as in `step_examples`."""
     per_epoch = math.ceil(sum(epoch_sizes(counts, weights)) / train_cfg.global_batch_size)
-    steps = train_cfg.max_epochs * per_epoch
-    return per_epoch, steps if train_cfg.max_steps is None else min(steps, train_cfg.max_steps)
+    limits = train_cfg.max_steps, train_cfg.max_epochs and train_cfg.max_epochs * per_epoch
+    return per_epoch, min(limit for limit in limits if limit)
+
+
+def notes_on_length(train_cfg, steps: int) -> list[str]:
+    """What may surprise in a run of so many steps."""
+    notes, ends = [], "max_steps" if steps == train_cfg.max_steps else "max_epochs"
+    if train_cfg.max_steps and train_cfg.max_epochs:
+        notes.append(f"train.{ends} = {getattr(train_cfg, ends)} ends the run")
+    if train_cfg.warmup_steps >= steps:
+        notes.append(f"train.warmup_steps = {train_cfg.warmup_steps}: the run ends before the full learning rate")
+    return notes
 
 
 def step_examples(counts, step: int, seed: int, global_batch_size: int, weights=(1.0,)) -> np.ndarray:

@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def main():
             spans = [f'<span class="{style}">{html.escape(text)}</span>' for text, style in pieces]
             Path(options.html).write_text(HTML % "".join(spans), encoding="utf-8")
     if options.json:
-        print(json.dumps(report, indent=2, ensure_ascii=False))
+        print(json.dumps(report, indent=2))
     else:
         print("".join(text for text, _ in samples) + report_text(report))
     raise SystemExit(1 if report["problems"] else 0)
@@ -75,6 +76,7 @@ def preview(cfg, options, report: dict, samples: list[tuple[str, str]]):
         newest, finished = checkpoint.find_resume_checkpoint(config.to_dict(cfg))
         if newest or finished:
             report["notes"].append(f"{cfg.output_dir} holds the run, {'finished' if finished else f'at {newest.name}'}")
+    cfg.tokenizer.date = checkpoint.date_of_run(cfg, time.time())
     tokenizer = load_tokenizer(cfg)
     entries, splits, hashes = [], {}, {}
     try:
@@ -123,7 +125,7 @@ def bad_rows(cfg, tokenizer, entries, most: int = 20) -> list[str]:
         for _, _, rows, name in splits_of(entries):
             for i in range(len(rows)):
                 try:
-                    encode_row(rows, i, name, tokenizer, chat_template, cfg.data.train_on)
+                    encode_row(rows, i, name, tokenizer, chat_template, cfg.data.train_on, cfg.tokenizer.date)
                 except ValueError as error:
                     place, _, reason = str(error).partition(": ")
                     places[reason].append(place)
@@ -192,8 +194,8 @@ def batch_metrics(cfg, examples, world_size: int) -> dict:
 def judge(cfg, report: dict):
     """Add what the metrics mean for the run to the notes and problems."""
     notes = report["notes"]
-    if cfg.train.warmup_steps >= report.get("batches", {}).get("steps", math.inf):
-        notes.append(f"train.warmup_steps = {cfg.train.warmup_steps}: the run ends before the full learning rate")
+    if "batches" in report:
+        notes += packing.notes_on_length(cfg.train, report["batches"]["steps"])
     needs = report.get("memory")
     if needs and needs["total_gib"] > needs["gpu_gib"]:
         report["problems"].append(
@@ -219,7 +221,7 @@ def memory(cfg, tokenizer, gpu_gib: float | None, longest: int, report: dict) ->
         model.tie_weights()
         if model.config._attn_implementation == "per_document_varlen":
             model.set_attn_implementation("per_document")  # It keeps tensors of the same sizes, and needs no GPU.
-        check_model(model, cfg, world_size, tokenizer, longest)
+        report.setdefault("notes", []).extend(check_model(model, cfg, world_size, tokenizer, longest))
         params, head = [*model.parameters()], model.get_output_embeddings().weight
         trained = [p for p in params if p.requires_grad]
         with cast_params(model, dtype):
@@ -358,4 +360,5 @@ pre{white-space:pre-wrap;background:#f6f6f6;padding:1em}
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # A terminal that cannot show a character ends nothing.
     main()

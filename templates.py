@@ -85,12 +85,13 @@ class Chat:
         self.traced = [tracing.traced(message, tracing.Tag(i)) for i, message in enumerate(self.messages)]
         self.traced_tools = tracing.traced(tools, tracing.Tag(tracing.TOOLS))
         self.assistants = [i for i, message in enumerate(self.messages) if message.get("role") == "assistant"]
-        self.now = datetime.now()  # the same in all renderings: some templates print the time
+        # The same in all renderings: some templates print the time.
+        self.strftime_now = variables.get("strftime_now", datetime.now().strftime)
         self.prompts_of, self.prints_date = {}, False
 
     def strftime(self, format: str) -> str:
         self.prints_date = True
-        return self.now.strftime(format)
+        return self.strftime_now(format)
 
     def chunks(self, template: jinja2.Template, messages, tools, add_generation_prompt: bool) -> list[str]:
         """What a template prints, piece by piece."""
@@ -185,22 +186,24 @@ def normalize_message(message: dict) -> dict:
 # ---- tokens ----------------------------------------------------------------------------------------------------------
 
 
-def encode(tokenizer, messages, tools=None, chat_template=None, train_on="all") -> Encoded:
+def encode(tokenizer, messages, tools=None, chat_template=None, train_on="all", date=None) -> Encoded:
     """Token ids of a conversation and, where the assistant speaks, the same ids as labels (elsewhere IGNORE_INDEX).
 
     The text is tokenized in pieces that begin where a turn begins, so that the ids before it are those that inference
     feeds. `chat_template`: Jinja text; None: the tokenizer's. `train_on`: "all" assistant turns or the "last"; a
-    message's own `SWITCHES` always hold. ValueError: as `render`, or the text lacks what a trained message says."""
-    return encode_with_notes(tokenizer, messages, tools, chat_template, train_on)[0]
+    message's own `SWITCHES` always hold. `date`: that the template prints, YYYY-MM-DD; None: today. ValueError: as
+    `render`, or the text lacks what a trained message says."""
+    return encode_with_notes(tokenizer, messages, tools, chat_template, train_on, date)[0]
 
 
-def encode_with_notes(tokenizer, messages, tools, chat_template, train_on="all") -> tuple[Encoded, list[str]]:
-    """As `encode`; and what is trained as it is but may surprise, as "kind: example" (see `notes_of`)."""
+def encode_with_notes(tokenizer, messages, tools, chat_template, train_on="all", date=None):
+    """As `encode`; and a list of what is trained as it is but may surprise, as "kind: example" (see `notes_of`)."""
     chat_template = chat_template or tokenizer.chat_template
     if not isinstance(chat_template, str):
         raise ValueError("the tokenizer has no chat template (or several); set tokenizer.chat_template")
     messages = adapt(tokenizer, chat_template, messages)
-    chat, turns = render_turns(chat_template, messages, tools, **tokenizer.special_tokens_map)
+    now = {"strftime_now": datetime.fromisoformat(date).strftime} if date else {}
+    chat, turns = render_turns(chat_template, messages, tools, **tokenizer.special_tokens_map, **now)
     if not turns:
         raise ValueError("the chat template prints nothing of what the assistant says")
     text, chosen = chat.text, chat.assistants if train_on == "all" else chat.assistants[-1:]

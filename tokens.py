@@ -2,12 +2,12 @@
 
 import collections
 import contextlib
+import datetime
 import hashlib
 import json
 import os
 import sys
 import time
-from datetime import date
 from pathlib import Path
 
 import datasets
@@ -98,8 +98,9 @@ def tokenize_splits(cfg, tokenizer, entries: list[data.MixtureEntry]) -> dict:
     whose = {None: "the dataset's" if brought else "the tokenizer's", "tokenizer": "the tokenizer's"}
     prepared |= {"cache": str(cache), "template": whose.get(cfg.tokenizer.chat_template, "the configuration's")}
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    options = chat_template, cfg.data.train_on, cache, workers, cfg.tokenizer.date
     for k, split, rows, name in data.splits_of(entries):
-        prepared[split][k] = tokenize(rows, name, tokenizer, chat_template, cfg.data.train_on, cache, workers)
+        prepared[split][k] = tokenize(rows, name, tokenizer, *options)
     return prepared
 
 
@@ -112,13 +113,14 @@ def open_split(prepared: dict, split: str, data_cfg) -> "TokenizedDataset | None
 job = None  # What the workers encode: inherited by fork and never pickled, so that rows may be any object.
 
 
-def tokenize(rows, name: str, tokenizer, chat_template: str, train_on: str, cache: Path, workers: int) -> list[str]:
+def tokenize(rows, name: str, tokenizer, chat_template: str, train_on: str, cache: Path, workers: int, date=None):
     """The files with the tokens of all rows, in order, made now or found in `cache`. Any change to rows, template,
-    tokenizer, options or the code makes other files. Raises ValueError with place and reason for a bad row."""
+    tokenizer, options or the code makes other files. `date`: as in `templates.encode`. Raises ValueError with place and
+    reason for a bad row."""
     global job
     modules = sys.modules[__name__], data, files, templates, spans, tracing
     code = [Path(module.__file__).read_text("utf-8") for module in modules]
-    today = str(date.today()) if "strftime_now" in (chat_template or "") else ""
+    today = date or str(datetime.date.today()) if "strftime_now" in (chat_template or "") else ""
     made_by = [tokenizer.backend_tokenizer.to_str(), str(tokenizer.special_tokens_map), *code]
     parts = [fingerprint(rows), chat_template or "", train_on, today, *made_by]
     key = hashlib.sha256(b"".join(hashlib.sha256(part.encode()).digest() for part in parts)).hexdigest()[:32]
@@ -126,7 +128,7 @@ def tokenize(rows, name: str, tokenizer, chat_template: str, train_on: str, cach
     parallel = sys.platform == "linux" and workers > 1 and len(rows) > 1000
     if parallel:
         multiprocess.set_start_method("fork", force=True)
-    job = rows, name, tokenizer, chat_template, train_on
+    job = rows, name, tokenizer, chat_template, train_on, date
     tokens = datasets.Dataset.from_dict({"i": np.arange(len(rows))}).map(
         tokenize_row, remove_columns=["i"], features=FEATURES, num_proc=workers if parallel else None,
         cache_file_name=str(cache / f"{key}.arrow"), new_fingerprint=key, desc=f"tokenizing {name}",
@@ -148,7 +150,7 @@ def fingerprint(rows) -> str:
     return digest.hexdigest()
 
 
-def encode_row(rows, i: int, name: str, tokenizer, chat_template: str, train_on: str):
+def encode_row(rows, i: int, name: str, tokenizer, chat_template: str, train_on: str, date: str | None):
     """Row i of a split, as (`templates.Encoded`, notes, whether it is a text). Raises ValueError with the row's place
     and what is wrong with it."""
     row = data.read_conversation(rows, i, name)
@@ -163,7 +165,7 @@ def encode_row(rows, i: int, name: str, tokenizer, chat_template: str, train_on:
                 raise ValueError(f"input_ids or labels has {wrong[0]}, which is no token of the tokenizer")
             return templates.Encoded(ids, labels), notes, False
         messages, tools = row["messages"], row.get("tools")
-        encoded, found = templates.encode_with_notes(tokenizer, messages, tools, chat_template, train_on)
+        encoded, found = templates.encode_with_notes(tokenizer, messages, tools, chat_template, train_on, date)
     return encoded, notes + found, False
 
 

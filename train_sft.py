@@ -43,12 +43,13 @@ def main():
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    output_dir, opened = Path(cfg.output_dir), False
+    output_dir, opened, dataset = Path(cfg.output_dir), False, None
     record_reason = functools.partial(checkpoint.write_status, output_dir, "failed", None)
     try:
         # ---- device and process group; tokenizer, datasets, tokens ----
         device = take_device(local_rank)
         distributed.init_process_group(cfg.cluster.hang_timeout)
+        cfg.tokenizer.date = distributed.broadcast_object(checkpoint.date_of_run(cfg, launched))
         _, finished = checkpoint.find_resume_checkpoint(config.to_dict(cfg)) if rank == 0 else (None, None)
         if distributed.broadcast_object(finished):
             if rank == 0:
@@ -70,10 +71,13 @@ def main():
         if rank == 0:
             checkpoint.write_status(output_dir, "running", start)
             checkpoint.write_atomically(output_dir / "config.yaml", config.dump(cfg))
-            print(f"{steps - start} steps from step {start + 1}, {steps_per_epoch} per epoch")
+            length = f"{steps - start} steps from step {start + 1}, {steps_per_epoch} per epoch"
+            print("; ".join([length, *packing.notes_on_length(cfg.train, steps)]))
         opened = True
         train(cfg, device, dataset, start, steps, resume_from, started, record_reason)
     except Exception as error:  # Prints and records it, and exits with 1, upon which torchrun ends the other ranks.
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+            error = MemoryError(memory_advice(cfg, dataset)).with_traceback(error.__traceback__)
         distributed.fail(error, record_reason if opened else lambda reason: None)
 
 
@@ -147,7 +151,7 @@ def train(
         loss, ranks_stopping = distributed.all_reduce_sum(sums).tolist()
         loss, grad_norm = loss / trained_tokens, float(norm)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {grad_norm}; lower train.learning_rate")
+            raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {grad_norm}; {checkpoint.LOWER_RATE}")
         rate = learning_rate(cfg.train, step, steps)
         for parameters in optimizer.param_groups:
             parameters["lr"] = rate
@@ -227,6 +231,7 @@ def launch_ranks(count: int, output_dir: Path) -> int:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # As torchrun does, which warns of it.
     flags = ["--standalone", "--nproc_per_node", str(count), "--shutdown-timeout", "300"]
     try:
         run.run(run.parse_args([*flags, "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1,SIGHUP", *sys.argv]))
@@ -247,6 +252,10 @@ class Data(NamedTuple):
     stop_ids: list[int]
     to_score: list[evaluate.EvalExample] | None
     template: str  # Whose chat template it is.
+
+    def longest(self) -> int:
+        """Tokens of the longest conversation."""
+        return max(int(split.lengths.max()) for split in (self.train_set, self.val_set) if split is not None)
 
 
 def load_data(cfg, rank: int, local_rank: int) -> Data:
@@ -278,7 +287,8 @@ def load_data(cfg, rank: int, local_rank: int) -> Data:
                 print(f"{split}: {'; '.join(examples.notes)}; see preview.py")
     stop_ids, to_score, count = tokens.find_stop_ids(tokenizer, splits["train"]), None, cfg.validation.exact_match
     if rank == 0 and count:
-        to_score, _ = evaluate.eval_examples(mixture, tokenizer, tokenizer.chat_template, stop_ids, count)
+        template, date = tokenizer.chat_template, cfg.tokenizer.date
+        to_score, _ = evaluate.eval_examples(mixture, tokenizer, template, stop_ids, count, date)
     distributed.wait_for_all("tokens")
     check_same_data(cfg, tokenizer.chat_template, *splits.values())
     return Data(tokenizer, *splits.values(), stop_ids, distributed.broadcast_object(to_score), prepared["template"])
@@ -309,12 +319,11 @@ def build_model(cfg, device, dataset: Data):
         strategy = choose_strategy(cfg.parallel.strategy, meta, world_size, gpu_bytes)
     torch.manual_seed(cfg.seed)  # Random parameters and adapters are the same on all ranks.
     model = meta if strategy == "fsdp" and rank > 0 else load_model(cfg.model, device, rows=rows)
-    longest = max(int(split.lengths.max()) for split in (dataset.train_set, dataset.val_set) if split is not None)
-    check_model(model, cfg, world_size, dataset.tokenizer, longest)
-    for note in notes_of(model, cfg, dataset.tokenizer, dataset.train_set) if rank == 0 else []:
-        print(note)
+    longest = dataset.longest()
+    notes = check_model(model, cfg, world_size, dataset.tokenizer, longest)
+    notes += notes_of(model, cfg, dataset.tokenizer, dataset.train_set) if rank == 0 else []
     with cast_params(model, model.config.dtype):  # Trained embeddings are float32, above a frozen base in bfloat16.
-        can_pack = attention.check_packing(model, cfg.model.name, model.dtype) if rank == 0 else True
+        can_pack = attention.check_packing(model, cfg.model.name, model.dtype, longest) if rank == 0 else True
     distributed.wait_for_all("model")  # Rank 0 may take long to load the model.
 
     cp_group = dist.new_subgroups(cfg.parallel.context)[0] if cfg.parallel.context > 1 else None
@@ -323,14 +332,26 @@ def build_model(cfg, device, dataset: Data):
     # is saved, `state_of` has FSDP free them.)
     optimizer = make_optimizer(model, cfg.train)
     with cast_params(model, dtype):
-        can_pack &= attention.isolates_documents(model, device, dtype)
+        can_pack &= attention.isolates_documents(model, device, dtype, longest=longest)
     can_pack = distributed.broadcast_object(can_pack)  # Ranks may measure differently, by rounding: rank 0 decides.
     if cp_group and not (can_pack and model.config._attn_implementation.startswith("per_document")):
         # Only our attention knows the other ranks of the row. Where it isolates documents, nothing else mixes tokens.
         raise ValueError("parallel.context > 1: this model mixes tokens outside our attention; set parallel.context=1")
-    if rank == 0 and not can_pack:
-        print("documents in a packed row would attend to each other in this model: each row holds one document")
+    if not can_pack:
+        notes.append("documents in a packed row would change each other in this model: each row holds one document")
+    if rank == 0 and notes:
+        print("\n".join(notes))
     return model, parallel_model, optimizer, strategy, can_pack
+
+
+def memory_advice(cfg, dataset: Data | None) -> str:
+    """What to change, the most helpful first, where the memory is not enough."""
+    limit, longest = cfg.train.max_tokens_per_micro_batch, dataset.longest() if dataset else 0
+    helps = [f"train.max_tokens_per_micro_batch={max(limit // 2, longest)}"] if limit > longest else []
+    helps += [] if cfg.model.activation_checkpointing else ["model.activation_checkpointing=true"]
+    helps += ["parallel.strategy=fsdp over more GPUs"] + ([] if cfg.model.lora.rank else ["model.lora.rank=16"])
+    rows = f"a row has at most {max(limit, longest):,} tokens, the longest conversation {longest:,}"
+    return f"out of memory with train.max_tokens_per_micro_batch = {limit}: {rows}; try {', '.join(helps)}"
 
 
 def make_optimizer(model, train_cfg) -> torch.optim.AdamW:
@@ -431,7 +452,8 @@ def validate(
     trained_tokens = [int(examples.trained_tokens[indices.start : indices.stop].sum()) for indices in ranges]
     loss = sum(sums) / sum(trained_tokens)
     if not math.isfinite(loss):
-        raise FloatingPointError(f"step {step}: val/loss is {loss}; earlier checkpoints are intact")
+        fix = checkpoint.LOWER_RATE if step else "try model.dtype=float32"
+        raise FloatingPointError(f"step {step}: val/loss is {loss}; {fix}")
     val_losses.append(loss)
     score |= out_of_patience(val_losses, cfg.validation.patience)
     with cast():
@@ -452,5 +474,6 @@ def validate(
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # A terminal that cannot show a character ends nothing.
     main()
     distributed.hard_exit()

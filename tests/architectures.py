@@ -1,6 +1,7 @@
 """Packed rows beside each document by itself, in small random models of all that transformers has.
 
 python tests/architectures.py [llama gemma2 ...]      # none: all; half a minute
+python tests/architectures.py --rotary llama qwen3    # which rotary types pack, up to the original length and beyond
 
 A line for each: `equal`, `refused` (with what the run would say), `not made` (no small one could be made here), or
 `DIFFERENT`; then the exit code is 1. `apart`: documents share a row; `plain`: the loss is computed from the last hidden
@@ -120,6 +121,38 @@ def differences(model_config, **asked) -> tuple[float, float, bool, bool]:
     return abs(packed.item() / separate.item() - 1), (off / of) ** 0.5, apart, plain
 
 
+ROTARY = {  # the keys of `rope_parameters` besides its type, for an original length of 64 tokens and 8 numbers a head
+    "default": {},
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 2.0},
+    "longrope": {"factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4},
+    "llama3": {"factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "proportional": {},
+}
+
+
+def rotary_model(model_type: str, rope_type: str):
+    """A small model with these rotary embeddings, in which they show."""
+    model_config = small(model_type)
+    # Dynamic ones take the largest number of positions for the original length.
+    model_config.max_position_embeddings = 64 if rope_type == "dynamic" else 128
+    own = {} if rope_type in ("default", "dynamic", "linear") else {"original_max_position_embeddings": 64}
+    model_config.rope_parameters = {"rope_type": rope_type, "rope_theta": 100.0} | own | ROTARY[rope_type]
+    model_config.original_max_position_embeddings, model_config.initializer_range = 64, 0.2  # Phi-3 has its own.
+    return random_model(model_config, "per_document")
+
+
+def sweep(model_types: list[str]):
+    for model_type in model_types:
+        for rope_type in ROTARY:
+            within, beyond = (
+                attention.isolates_documents(rotary_model(model_type, rope_type), CPU, torch.float32, longest=longest)
+                for longest in (64, 100)
+            )
+            print(f"{model_type:12} {rope_type:12} packs within the original length: {within}, beyond it: {beyond}")
+
+
 def main(model_types: list[str]):
     counts = {"equal": 0, "DIFFERENT": 0, "refused": 0, "not made": 0}
     for model_type in model_types:
@@ -149,4 +182,7 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
     torch.set_num_threads(1)
+    if "--rotary" in sys.argv:
+        sweep(sys.argv[2:])
+        raise SystemExit
     main(sys.argv[1:] or [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES])

@@ -131,6 +131,8 @@ def test_the_resolved_configuration_is_a_file_that_loads_to_itself(tmp_path, val
         ("data.dataset=[{dataset: squad, weight: -1}]", "'weight': -1"),
         ("data.dataset=[{dataset: squad, weight: '2'}]", "'weight': '2'"),
         ("data={dataset: [{dataset: squad}], args: {a: 1}}", "data.args"),
+        ("tokenizer.date=tomorrow", "tokenizer.date = tomorrow must be YYYY-MM-DD"),
+        ("train={max_steps: null, max_epochs: null}", "set one of them"),
     ],
 )
 def test_a_mistake_is_one_line_with_the_key_and_the_rule(override, named):
@@ -201,3 +203,21 @@ def test_each_recipe_loads_and_has_a_folder_of_its_own(path):
 def test_the_first_lines_of_a_recipe_have_the_command_that_starts_it(path):
     comments = "".join(line for line in path.read_text().splitlines() if line.startswith("#"))
     assert f"configs/{path.name}" in comments
+
+
+@pytest.mark.parametrize(
+    "file, overrides, limits",
+    [
+        ("seed: 1", [], (1, 60)),
+        ("train: {max_epochs: 3}", [], (3, None)),
+        ("train: {max_steps: 500}", [], (None, 500)),
+        ("train.max_steps: 500", ["train.max_epochs=3"], (3, 500)),
+        ("train: {max_steps: null}", [], (1, None)),
+        ("train: {max_epochs: null}", [], (None, 60)),
+        ("seed: 1", ["train.max_epochs=3", "train.max_epochs=4"], (4, None)),
+    ],
+)
+def test_of_steps_and_epochs_the_one_that_is_named_holds(tmp_path, file, overrides, limits):
+    loaded = load(tmp_path, file, *overrides)
+    assert (loaded.train.max_epochs, loaded.train.max_steps) == limits
+    assert load(tmp_path, config.dump(loaded)) == loaded

@@ -250,6 +250,33 @@ def test_documents_are_kept_apart_and_a_leak_is_found():
     assert not attention.isolates_documents(model, model.device, torch.float32)
 
 
+@pytest.mark.parametrize("rope_type", architectures.ROTARY)
+def test_long_documents_that_turn_others_by_other_frequencies_are_found(rope_type):
+    apart = []
+    for longest in (0, 64, 65):
+        model = architectures.rotary_model("qwen3", rope_type)
+        apart.append(attention.check_packing(model, "small", torch.float32, longest))
+    assert apart == [True, True, rope_type not in ("dynamic", "longrope")]
+
+
+@pytest.mark.parametrize("rope_type, longest", [("default", 129), ("longrope", 129), ("dynamic", 65)])
+def test_conversations_beyond_rotary_positions_are_reported_or_refused(rope_type, longest):
+    model, tokenizer = architectures.rotary_model("qwen3", rope_type), range(64)
+    assert modeling.check_model(model, CFG, 1, tokenizer, longest - 1) == []
+    if rope_type == "dynamic":  # It remembers the longest row.
+        with pytest.raises(ValueError, match="data.max_seq_length=64"):
+            modeling.check_model(model, CFG, 1, tokenizer, longest)
+    else:
+        (note,) = modeling.check_model(model, CFG, 1, tokenizer, longest)
+        assert f"{longest} tokens" in note and "max_position_embeddings" in note
+
+
+@pytest.mark.parametrize("model_type", ["mllama", "emu3"])
+def test_a_model_that_could_not_be_opened_again_is_refused(model_type):
+    with pytest.raises(ValueError, match=model_type):
+        modeling.model_class("small", architectures.small(model_type))
+
+
 def leaking(module, query, key, value, attention_mask, **kwargs):
     return attention.per_document(module, query, key, value, None, **{**kwargs, "documents": None})
 

@@ -35,6 +35,20 @@ def test_the_last_batch_of_an_epoch_is_smaller_and_used():
     assert sorted(seen.tolist()) == list(range(101))
 
 
+def test_the_shorter_of_steps_and_epochs_ends_the_run_and_is_named():
+    for epochs, limit, steps, ends in (
+        (2, None, 14, ""),
+        (None, 60, 60, ""),
+        (2, 60, 14, "epochs"),
+        (9, 60, 60, "steps"),
+    ):
+        train = config.Train(global_batch_size=16, max_epochs=epochs, max_steps=limit, warmup_steps=14)
+        assert packing.steps_of_run([101], [1.0], train) == (7, steps)
+        notes = " ".join(packing.notes_on_length(train, steps))
+        assert f"train.max_{ends}" in notes if ends else "ends the run" not in notes
+        assert ("warmup_steps" in notes) == (steps == 14)
+
+
 def test_rows_are_filled_evenly():
     lengths = np.random.default_rng(1).integers(20, 1000, 5000)
     rows = packing.pack(np.arange(5000), lengths, 8, 8192)

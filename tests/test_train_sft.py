@@ -1,6 +1,7 @@
 """The script as a user runs it, from the command line to the files that it leaves."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -301,6 +302,58 @@ def test_a_finished_run_whose_model_is_gone_writes_it_again(tmp_path, single):
     shutil.rmtree(tmp_path / "out/model")
     run("configs/quickstart.yaml", f"output_dir={tmp_path}/out", *FEW)
     assert_same_run(tmp_path / "out", single)
+
+
+@pytest.mark.slow
+def test_a_date_that_the_template_prints_is_the_first_launchs(tmp_path, two_epochs):
+    arguments, out = [*two_epochs[0], f"output_dir={tmp_path}/out"], tmp_path / "out"
+    (tmp_path / "dated.jinja").write_text(
+        "<|im_start|>system\n{{ strftime_now('%d %b %Y') }}<|im_end|>\n{% for m in messages %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    arguments.append(f"tokenizer.chat_template={tmp_path}/dated.jinja")
+    run_as_user(*arguments, "checkpoint.must_save_by=00:00:00:00", SFT_STARTED="1577880000")
+    run(*arguments)
+    assert state(out)["state"] == "finished"
+    assert config.load(str(out / "config.yaml"), []).tokenizer.date == "2020-01-01"
+    run(*arguments, f"output_dir={tmp_path}/again", "tokenizer.date=2020-01-01")
+    assert_same_run(out, tmp_path / "again")
+    run(*arguments, f"output_dir={tmp_path}/today")
+    assert metrics(out)[6] != metrics(tmp_path / "today")[6]
+
+
+@pytest.mark.slow
+def test_a_run_that_diverged_resumes_with_another_learning_rate(tmp_path, two_epochs):
+    arguments, out = [*two_epochs[0], f"output_dir={tmp_path}/out"], tmp_path / "out"
+    for validates, rate, reason in (1, "1e40", "step 1: val/loss is "), ("null", "1e38", ", gradient norm "):
+        said = run(*arguments, f"train.learning_rate={rate}", f"validation.every={validates}", "checkpoint.every=null",
+                   expect=1)  # fmt: skip
+        assert reason in said and "lower train.learning_rate" in said and "Traceback" not in said
+        for line in (out / "metrics.jsonl").read_text().splitlines():
+            assert math.isfinite(sum(json.loads(line).values()))
+        assert state(out)["state"] == "failed" and not checkpoint.find(out)
+    assert "train.eps" in run(*arguments, "train.learning_rate=1e-3", "train.eps=1e-3", expect=1)
+    run(*arguments, "train.learning_rate=1e-3")
+    assert len(metrics(out)) == 6
+    assert "train.learning_rate" in run(*arguments, "train.learning_rate=1e-4", expect=1)
+
+
+@pytest.mark.slow
+def test_out_of_memory_is_one_line_with_what_helps(tmp_path, two_epochs):
+    arguments = [*two_epochs[0], f"output_dir={tmp_path}/out"]
+    said = run(*arguments, fault="0:2:memory", expect=1).splitlines()[-1]
+    helps = (
+        "max_tokens_per_micro_batch = 8192",
+        "max_tokens_per_micro_batch=4096",
+        "activation_checkpointing",
+        "fsdp",
+        "lora",
+    )
+    places = [said.index(name) for name in helps]
+    assert said.startswith("error: ") and places == sorted(places)
+    said = run(*arguments, "train.max_tokens_per_micro_batch=8", fault="0:2:memory", expect=1).splitlines()[-1]
+    assert "max_tokens_per_micro_batch=" not in said  # A row holds a single conversation.
 
 
 def test_an_adapter_is_no_model_to_train_on(tmp_path):

@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import packing  # noqa: E402
@@ -22,6 +24,8 @@ def step_examples_with_fault(*arguments):
     if left == 0 and rank == os.environ.get("RANK", "0"):
         if fault == "raise":
             raise IndexError("a mistake in the code")
+        elif fault == "memory":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         elif fault == "hang":
             time.sleep(1000)
         elif fault.startswith("SIG"):
