@@ -109,7 +109,7 @@ def find_resume_checkpoint(cfg: dict) -> tuple[Path | None, bool]:
     if cfg["checkpoint"]["resume"] == "never":
         raise ValueError(f"{place} holds a run already, and checkpoint.resume is never")
     old = config.to_dict(config.load(str(output_dir / "config.yaml"), []))
-    if run_state(output_dir) == "failed" and LOWER_RATE in run_state(output_dir, "reason"):
+    if run_state(output_dir) == "failed" and LOWER_RATE in (run_state(output_dir, "reason") or ""):
         old["train"]["learning_rate"] = cfg["train"]["learning_rate"]
     if differing := differing_keys(old, cfg):
         raise ValueError(f"{place} holds another run: {'; '.join(differing)}. Change it back, or name another folder")

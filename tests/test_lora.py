@@ -286,7 +286,7 @@ def test_an_adapter_is_trained_on_with_its_own_settings():
     assert model.adapter_config["r"] == 2 and model.adapter_config["lora_alpha"] == 6
     for override, there in (("lora.rank=3", "2"), ("lora.train_embeddings=true", "False"), ("from_scratch=true", "")):
         cfg = config.load(None, [f"model.name={folder}", f"model.{override}"])
-        with pytest.raises(ValueError, match=f"model.{override.partition('=')[0]} = .* {there} .*adapter"):
+        with pytest.raises(ValueError, match=f"model.{override.partition('=')[0]} = .*adapter.* {there}"):
             load_model(cfg.model, torch.device("cpu"))
 
 

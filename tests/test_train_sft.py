@@ -356,12 +356,6 @@ def test_out_of_memory_is_one_line_with_what_helps(tmp_path, two_epochs):
     assert "max_tokens_per_micro_batch=" not in said  # A row holds a single conversation.
 
 
-def test_an_adapter_is_no_model_to_train_on(tmp_path):
-    said = run("configs/quickstart.yaml", f"output_dir={tmp_path}/out", *FEW, "model.from_scratch=false",
-               "model.name=tests/saved_by_peft/adapter", "tokenizer.name=configs/quickstart", expect=1)  # fmt: skip
-    assert "python checkpoint.py tests/saved_by_peft/adapter" in said
-
-
 @pytest.mark.slow
 def test_a_model_of_few_positions_answers_within_them(tmp_path):
     shape = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 96, "vocab_size": 1024}
