@@ -30,8 +30,9 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 import config
 from distributed import progress, rank_and_world_size
+from export import export, meta_model, repair_generation, verify_export
 from lora import merge_adapter, open_adapter
-from model import export, is_sharded, meta_model, open_saved, stop_ids_of
+from model import is_sharded, stop_ids_of
 
 # A single process is fine. For all threads, because a filter cannot be set for one.
 warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
@@ -322,6 +323,8 @@ class CheckpointWriter:
             export(self.meta_model, params, self.tokenizer, self.stop_ids, unfinished / "unfinished_model")
             write_card(unfinished / "unfinished_model", self.output_dir, info)
             os.rename(unfinished / "unfinished_model", unfinished / "model")
+        except Exception as error:
+            raise OSError(f"{final}/model: {error} ({final}/state is complete)") from error
         finally:  # state/ is complete, and is kept where the export fails
             replace(unfinished, final)
         losses = {folder: read_info(folder).get("val/loss", float("inf")) for folder in find(self.output_dir)[:-1]}
@@ -389,6 +392,8 @@ def make_model_folder(folder: Path, target: Path, merge: bool):
             hf_config, generation_config = AutoConfig.from_pretrained(source), GenerationConfig.from_pretrained(source)
             meta = meta_model(hf_config, generation_config, hf_config.dtype)
             params = read_parameters(folder, meta)
+        for note in repair_generation(meta.generation_config):
+            print(f"{source}/generation_config.json: {note}")
         tokenizer = AutoTokenizer.from_pretrained(source)
         export(meta, params, tokenizer, stop_ids_of(meta, tokenizer), unfinished)
     verify_export(unfinished, params)
@@ -397,14 +402,6 @@ def make_model_folder(folder: Path, target: Path, merge: bool):
     elif (source / "README.md").is_file():
         shutil.copy(source / "README.md", unfinished)
     replace(unfinished, target)
-
-
-def verify_export(folder: Path, params: dict):
-    """Raises RuntimeError unless the folder, opened as a user opens it, has exactly these parameters, in its dtype."""
-    reloaded = open_saved(folder, "auto").state_dict()
-    different = [name for name, p in params.items() if not torch.equal(reloaded[name], p.to(reloaded[name].dtype))]
-    if different:
-        raise RuntimeError(f"{folder} does not hold the trained parameters: {different[:3]}")
 
 
 def write_card(folder: Path, run: Path, info: dict):

@@ -1,16 +1,18 @@
-"""The model: load, check, DDP and FSDP, loss, export."""
+"""The model: load, check, DDP and FSDP, loss."""
 
 import contextlib
 import functools
 import json
+import math
 import os
-import shutil
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from huggingface_hub import try_to_load_from_cache
+from safetensors import safe_open
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -24,6 +26,7 @@ import distributed
 import lora
 from packing import collate
 from templates import IGNORE_INDEX, special_ids
+from tokens import open_native
 
 logging.disable_progress_bar()  # One bar per export is noise in a log.
 
@@ -51,7 +54,7 @@ def load_model(model_cfg, device: torch.device, meta: bool = False, rows: int = 
     if is_adapter := (folder / "adapter_config.json").is_file():
         model_cfg = lora.settings_of(model_cfg)
     name, revision = model_cfg.name, model_cfg.revision
-    hf_config = AutoConfig.from_pretrained(name, revision=revision)
+    hf_config = open_native(AutoConfig, name, revision)
     kernel = attention.choose(model_cfg.attention, model_cfg.dtype, model_class(name, hf_config), device)
     # Trained parameters are float32. Those below an adapter are frozen, in the dtype of the run or model.lora.base.
     dtype = getattr(torch, model_cfg.lora.base or model_cfg.dtype) if model_cfg.lora.rank else torch.float32
@@ -59,8 +62,13 @@ def load_model(model_cfg, device: torch.device, meta: bool = False, rows: int = 
     if model_cfg.from_scratch or meta:
         with torch.device("meta" if meta else "cpu"):
             model = AutoModelForCausalLM.from_config(hf_config, **options)
+        if not model_cfg.from_scratch:
+            check_loaded(name, model, open_on_paper(name, hf_config, revision))
     else:
-        model = AutoModelForCausalLM.from_pretrained(name, config=hf_config, revision=revision, **options)
+        model = open_complete(name, config=hf_config, revision=revision, **options)
+        for parameter, p in model.named_parameters():
+            if not math.isfinite(p.sum(dtype=torch.float64)):
+                raise ValueError(f"model.name = {name!r}: {parameter} holds values that are not finite")
         head, tied = model.get_output_embeddings(), model.config.get_text_config().tie_word_embeddings
         if tied and head is not None and head.weight is not model.get_input_embeddings().weight:
             raise ValueError(f"model.name = {name!r} has an output layer of its own: set tie_word_embeddings=false")
@@ -100,7 +108,80 @@ def open_saved(name: str, dtype, kernel: str | None = None):
     attention; None: SDPA where the model can, else eager."""
     if (Path(name) / "adapter_config.json").is_file():
         return lora.open_adapter(Path(name), dtype, kernel)
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=kernel).eval()
+    return open_complete(str(name), dtype=dtype, attn_implementation=kernel).eval()
+
+
+LOADING = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `check_loaded` says what does not fit.
+
+
+@contextlib.contextmanager
+def quiet():
+    """transformers prints no report of what does not fit."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def open_complete(name: str, **options):
+    """A model of a folder or of the Hub. Raises ValueError where its files do not fit, instead of making up values."""
+    with quiet():
+        model, found = AutoModelForCausalLM.from_pretrained(name, **options, **LOADING, trust_remote_code=False)
+    check_loaded(name, model, found)
+    model.unused_names = sorted(found["unexpected_keys"])  # What is in the files and not in the model.
+    return model
+
+
+def open_on_paper(name, hf_config, revision: str | None = None) -> dict:
+    """What transformers says of loading the files of a folder or of the Hub's cache (`output_loading_info`), from the
+    names and shapes there alone; of no files, nothing."""
+    cached = try_to_load_from_cache(str(name), "config.json", revision=revision) if not Path(name).is_dir() else None
+    folder = Path(cached).parent if isinstance(cached, str) else Path(name)
+    files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
+    if not files[0].is_file() and index.is_file():
+        files = [folder / file for file in {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}]
+    if not all(file.is_file() for file in files):
+        return {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
+    shapes = {}
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            shapes |= {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # Fake tensors, which have no values, belong to one thread.
+    try:
+        with quiet(), FakeTensorMode():
+            options = {"state_dict": {key: torch.empty(shape) for key, shape in shapes.items()}, "config": hf_config}
+            return model_class(name, hf_config).from_pretrained(None, dtype=torch.float32, **options, **LOADING)[1]
+    finally:
+        del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
+
+
+def check_loaded(name: str, model, found: dict):
+    """Raises ValueError where the files of a model have not all of its parameters, or others. `found`: transformers'
+    `output_loading_info`."""
+    missing = sorted(found["missing_keys"] & {parameter for parameter, _ in model.named_parameters()})
+    if adapters := [key for key in sorted(found["unexpected_keys"]) if "lora_" in key or ".base_layer." in key]:
+        raise ValueError(
+            f"model.name = {name!r} holds an adapter ({adapters[0]}): merge it with PEFT's merge_and_unload"
+        )
+    for key, there, here in sorted(found["mismatched_keys"]):
+        shapes = f"{[*there]} in its file, {[*here]} by its config.json"
+        raise ValueError(f"model.name = {name!r}: the shape of {key} is {shapes}; take both from one model")
+    if missing:
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ValueError(
+            f"model.name = {name!r}: {len(missing)} parameters are not in its files: {names}; copy all of it"
+        )
+
+
+def stop_ids_of(model, tokenizer) -> list[int]:
+    """The tokens that end a saved model's answers."""
+    stop = model.generation_config.eos_token_id
+    stop = tokenizer.eos_token_id if stop is None else stop
+    if stop is None:
+        raise ValueError("neither the model nor its tokenizer says which token ends an answer (eos_token)")
+    return stop if isinstance(stop, list) else [stop]
 
 
 def prepare_for_training(model, model_cfg):
@@ -407,50 +488,3 @@ def is_pointwise(module, model) -> bool:
     except Exception:  # It takes more than one argument.
         return False
     return isinstance(output, torch.Tensor) and output.shape[:2] == (1, 3)
-
-
-# ---- export ----------------------------------------------------------------------------------------------------------
-
-
-def stop_ids_of(model, tokenizer) -> list[int]:
-    """The tokens that end a saved model's answers."""
-    stop = model.generation_config.eos_token_id
-    stop = tokenizer.eos_token_id if stop is None else stop
-    if stop is None:
-        raise ValueError("neither the model nor its tokenizer says which token ends an answer (eos_token)")
-    return stop if isinstance(stop, list) else [stop]
-
-
-def meta_model(hf_config, generation_config, dtype: torch.dtype, adapter: dict | None = None):
-    """The model of a transformers configuration on the meta device, as it is to be saved. `adapter`: its LoRA's, see
-    `lora.adapter_config`."""
-    hf_config = type(hf_config).from_dict(hf_config.to_dict())
-    hf_config.use_cache, hf_config.dtype = True, dtype
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
-        model.generation_config.update(**generation_config.to_diff_dict())
-        if adapter:
-            lora.add_adapter(model, adapter)
-    return model
-
-
-def export(meta, params: dict, tokenizer, stop_ids: list[int], folder: Path):
-    """Write a model folder that `from_pretrained` and serving engines open, or a PEFT adapter's. `meta`: the
-    `meta_model`, which is one again afterwards; `params`: by name, tied ones once. Needs no copy of the parameters."""
-    shutil.rmtree(folder, ignore_errors=True)
-    generation = meta.generation_config
-    generation.eos_token_id = stop_ids if len(stop_ids) > 1 else stop_ids[0]
-    generation.pad_token_id = generation.pad_token_id if generation.pad_token_id is not None else stop_ids[0]
-    tokenizer.save_pretrained(folder)
-    if hasattr(meta, "adapter_config"):
-        text = json.dumps(meta.adapter_config, indent=2) + "\n"
-        (folder / "adapter_config.json").write_text(text, encoding="utf-8")
-        save_file(lora.peft_parameters(meta, params), folder / "adapter_model.safetensors")
-        generation.save_pretrained(folder)
-    else:
-        meta.load_state_dict(params, assign=True, strict=False)
-        meta.tie_weights()
-        meta.save_pretrained(folder)
-        meta.to("meta")
-    for path in folder.glob("*.safetensors"):
-        shutil.copymode(folder / "tokenizer_config.json", path)  # safetensors lets nobody but the owner read them.

@@ -38,17 +38,28 @@ FEATURES = datasets.Features(
 
 def load_tokenizer(cfg):
     """The tokenizer that a `config.Config` names."""
+    for path in Path(cfg.model.name).glob("*.*"):
+        if path.is_file() and path.open("rb").read(26) == b"version https://git-lfs.gi":
+            raise ValueError(f"{path} is a pointer of Git LFS, not the file: run `git lfs pull` there")
     name, revision = (cfg.tokenizer.name, None) if cfg.tokenizer.name else (cfg.model.name, cfg.model.revision)
     adapter = Path(name, "adapter_config.json")
     if adapter.is_file() and not adapter.with_name("tokenizer_config.json").is_file():  # PEFT itself saves none.
         settings = json.loads(adapter.read_text(encoding="utf-8"))
         name, revision = settings["base_model_name_or_path"], settings.get("revision")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:  # What the Hub answers need not name the model.
-        raise ValueError(f"{name}: {error}") from error
+    tokenizer = open_native(AutoTokenizer, name, revision)
     tokenizer.add_tokens(cfg.tokenizer.add_tokens, special_tokens=True)
     return tokenizer
+
+
+def open_native(auto_class, name: str, revision: str | None):
+    """`auto_class.from_pretrained`, without code of the model's own."""
+    try:
+        return auto_class.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:  # What the Hub answers need not name the model.
+        if "trust_remote_code" in str(error):
+            error = "needs code of its own (auto_map), which is not run here: name a model that transformers has"
+            raise ValueError(f"{name} {error}") from None
+        raise ValueError(f"{name}: {error}") from error
 
 
 def choose_template(cfg, tokenizer, entries: list[data.MixtureEntry]) -> str | None:

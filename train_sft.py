@@ -26,7 +26,8 @@ import distributed
 import evaluate
 import packing
 import tokens
-from model import cast_params, check_model, choose_strategy, load_model, meta_model, notes_of, parallelize, take_device
+from export import meta_model, repair_generation, try_export
+from model import cast_params, check_model, choose_strategy, load_model, notes_of, parallelize, take_device
 from tracking import Meter, Tracker
 
 
@@ -111,11 +112,16 @@ def train(
     writer = checkpoint.CheckpointWriter(output_dir, keep, async_save, meta, tokenizer, dataset.stop_ids)
     tracker = None
     if rank == 0:
+        for note in repair_generation(meta.generation_config):
+            print(f"generation_config.json of {cfg.model.name}: {note}")
+        if not resume_from:
+            try_export(meta, tokenizer, dataset.stop_ids, output_dir)
         total, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
         print(f"{total:,} parameters, {trained:,} trainable, {strategy} over {world_size} rank(s) on {device.type}")
         tracker = Tracker(output_dir, config.to_dict(cfg), start, steps)
         meter = Meter(model, device, dtype, world_size)
         steps_per_epoch, _ = packing.steps_of_run(train_set.counts, train_set.weights, cfg.train)
+    distributed.wait_for_all("export tried")  # Rank 0 may take long to write on a slow disk.
     val_losses = distributed.broadcast_object(tracker and tracker.val_losses)
     stop_signals = distributed.catch_stop_signals(record_reason)  # torchrun sends one, too, if a rank has failed.
     distributed.report_stalls(rank, 0.9 * cfg.cluster.hang_timeout)
@@ -322,6 +328,8 @@ def build_model(cfg, device, dataset: Data):
     longest = dataset.longest()
     notes = check_model(model, cfg, world_size, dataset.tokenizer, longest)
     notes += notes_of(model, cfg, dataset.tokenizer, dataset.train_set) if rank == 0 else []
+    if unused := getattr(model, "unused_names", []):
+        notes.append(f"{cfg.model.name}: {len(unused)} parameter(s) in its files are not used: {', '.join(unused[:3])}")
     with cast_params(model, model.config.dtype):  # Trained embeddings are float32, above a frozen base in bfloat16.
         can_pack = attention.check_packing(model, cfg.model.name, model.dtype, longest) if rank == 0 else True
     distributed.wait_for_all("model")  # Rank 0 may take long to load the model.

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import checkpoint
 import config
-from model import meta_model
+from export import meta_model, verify_export
 from train_sft import make_optimizer
 
 CFG = config.load(None, [])
@@ -84,7 +84,7 @@ def test_a_checkpoint_holds_its_step_whatever_the_loop_does_meanwhile(tmp_path, 
     checkpoint.load(tmp_path / "checkpoints/step_00000001", other, other_optimizer)
     assert equal(copies(other, other_optimizer), wanted)
     params = {name.removeprefix("model."): value for name, value in wanted.items() if name.startswith("model.")}
-    checkpoint.verify_export(tmp_path / "checkpoints/step_00000001/model", params)
+    verify_export(tmp_path / "checkpoints/step_00000001/model", params)
 
 
 def save_or_load(rank: int, world_size: int, store: Path, output_dir: Path, sharded: bool):

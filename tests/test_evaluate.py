@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 import config
 import data
 import evaluate
-from checkpoint import verify_export
+from export import verify_export
 from model import blocks, load_model, open_saved
 
 # What the official script of SQuAD 1.1 gives for (answer, references): exact match, F1

@@ -27,6 +27,7 @@ from transformers import (
 
 import attention
 import config
+import export
 import model as modeling
 import packing
 import train_sft
@@ -288,8 +289,8 @@ AttentionInterface.register("leaking", leaking)
 def test_a_saved_model_opens_with_equal_logits(tmp_path, tied):
     tokenizer = AutoTokenizer.from_pretrained("configs/quickstart")
     model = tiny_llama(tied)
-    empty = modeling.meta_model(model.config, model.generation_config, torch.float32)
-    modeling.export(empty, dict(model.named_parameters()), tokenizer, [3, 5], tmp_path / "model")
+    empty = export.meta_model(model.config, model.generation_config, torch.float32)
+    export.export(empty, dict(model.named_parameters()), tokenizer, [3, 5], tmp_path / "model")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="per_document")
     ids = torch.arange(20)[None]
     assert torch.equal(reloaded(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
