@@ -67,7 +67,7 @@ def load_model(model_cfg, device: torch.device, meta: bool = False, rows: int = 
     else:
         model = open_complete(name, config=hf_config, revision=revision, **options)
         for parameter, p in model.named_parameters():
-            if not math.isfinite(p.sum(dtype=torch.float64)):
+            if not math.isfinite(p.detach().sum(dtype=torch.float64)):
                 raise ValueError(f"model.name = {name!r}: {parameter} holds values that are not finite")
         head, tied = model.get_output_embeddings(), model.config.get_text_config().tie_word_embeddings
         if tied and head is not None and head.weight is not model.get_input_embeddings().weight:
