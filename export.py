@@ -1,5 +1,6 @@
 """Model folders, as transformers and serving engines open them: tried before training, written, opened again."""
 
+import contextlib
 import copy
 import json
 import shutil
@@ -31,19 +32,16 @@ def meta_model(hf_config, generation_config, dtype: torch.dtype, adapter: dict |
 
 def repair_generation(generation: GenerationConfig) -> list[str]:
     """Change, in place, what transformers opens in a generation_config.json but refuses to save. Returns what was."""
-    notes = []
+    notes, before = [], generation.do_sample
     if (generation.pad_token_id or 0) < 0:
         notes.append(f"pad_token_id: {generation.pad_token_id} is dropped")
         generation.pad_token_id = None
-    try:
-        generation.validate(strict=True)
-    except ValueError:
-        sampled, generation.do_sample = generation.do_sample, True
-        try:
+    for generation.do_sample in (before, True, before):  # The last: something else is wrong, as `try_export` says.
+        with contextlib.suppress(ValueError):
             generation.validate(strict=True)
-            notes.append("do_sample: true is set, which its values for sampling need")
-        except ValueError:  # It is something else, which `try_export` says.
-            generation.do_sample = sampled
+            break
+    if generation.do_sample != before:
+        notes.append("do_sample: true is set, which its values for sampling need")
     return notes
 
 
