@@ -129,28 +129,24 @@ def read_adapter(folder: Path) -> dict:
 
 
 def settings_of(model_cfg):
-    """Return a `config.Model` that names an adapter's folder as one that names its base and has the adapter's settings.
-    Raises ValueError where it has requested others."""
+    """Return the `config.Model` of an adapter's folder as one of its base. Raises ValueError if settings differ."""
     name, lora, adapter = model_cfg.name, model_cfg.lora, read_adapter(Path(model_cfg.name))
-    embeddings = bool(adapter.get("modules_to_save"))
-    there = {"lora.rank": adapter["r"], "lora.train_embeddings": embeddings, "from_scratch": False}
+    settings = {"rank": adapter["r"], "alpha": adapter["lora_alpha"], "dropout": adapter["lora_dropout"]}
+    settings |= {"targets": adapter["target_modules"], "train_embeddings": bool(adapter.get("modules_to_save"))}
+    there = {"lora.rank": adapter["r"], "lora.train_embeddings": settings["train_embeddings"], "from_scratch": False}
     for key, requested in zip(there, (lora.rank, lora.train_embeddings, model_cfg.from_scratch), strict=True):
         if requested and requested != there[key]:
             raise ValueError(f"model.{key} = {requested}, but the adapter {name} has {there[key]}: leave the key out")
-    settings = {"rank": adapter["r"], "alpha": adapter["lora_alpha"], "dropout": adapter["lora_dropout"]}
-    lora = dataclasses.replace(lora, **settings, targets=adapter["target_modules"], train_embeddings=embeddings)
-    base, revision = adapter["base_model_name_or_path"], adapter.get("revision")
-    return dataclasses.replace(model_cfg, name=base, revision=revision, lora=lora)
+    base = {"name": adapter["base_model_name_or_path"], "revision": adapter.get("revision")}
+    return dataclasses.replace(model_cfg, **base, lora=dataclasses.replace(lora, **settings))
 
 
 def peft_parameters(model, params: dict) -> dict:
     """Return an adapter's parameters by PEFT's names; tied ones twice, because PEFT unties them."""
-    saved, first = {}, {p: name for name, p in model.named_parameters()}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        if p.requires_grad:
-            suffix = ".weight" if "lora_" in name else ""
-            saved[f"base_model.model.{name}{suffix}"] = params[name] if name in params else params[first[p]].clone()
-    return saved
+    trained = {p: params[name] for name, p in model.named_parameters() if p.requires_grad}
+    names = {p: name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}  # the last ones
+    params = params | {name: trained[p].clone() for p, name in names.items() if name not in params}
+    return {re.sub("(lora_[AB])$", r"\1.weight", f"base_model.model.{name}"): p for name, p in params.items()}
 
 
 def load_adapter(model, folder: Path, params: dict | None = None):
@@ -177,11 +173,10 @@ def open_adapter(folder: Path, dtype, attention: str | None = None, params: dict
     adapter = read_adapter(folder)
     options = {"revision": adapter.get("revision"), "dtype": dtype, "attn_implementation": attention}
     model = AutoModelForCausalLM.from_pretrained(adapter["base_model_name_or_path"], **options)
-    dtype = model.dtype
     add_adapter(model, adapter)
     load_adapter(model, folder, params)
     for layer in embeddings(model).values():
-        layer.to(dtype)  # where they were trained, in float32
+        layer.to(model.config.dtype)  # They were trained in float32.
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()

@@ -75,18 +75,11 @@ def load_model(model_cfg, device: torch.device, meta: bool = False, rows: int = 
     prepare_for_training(model, model_cfg)
     if is_adapter:
         lora.load_adapter(model, folder)
-    add_rows(model, rows)
-    return model
-
-
-@torch.no_grad()
-def add_rows(model, rows: int):
-    """Give the input embedding and the output layer so many rows, if they have fewer: the mean of those they have."""
-    old = model.get_input_embeddings().num_embeddings
-    if rows > old:
+    if rows > (old := model.get_input_embeddings().num_embeddings):  # Rows of added tokens: the mean of the others.
         model.resize_token_embeddings(rows, mean_resizing=False)
         for p in [p for layer in lora.embeddings(model).values() for p in layer.parameters()]:
-            p[old:] = p[:old].float().mean(0)
+            p.data[old:] = p.data[:old].float().mean(0)
+    return model
 
 
 def model_class(name: str, hf_config):
@@ -232,12 +225,9 @@ def notes_of(model, cfg, tokenizer, examples) -> list[str]:
     found, adapter, weight = [], getattr(model, "adapter_config", None), model.get_input_embeddings().weight
     if adapter:
         settings = ", ".join(f"{key} {adapter[key]}" for key in ("r", "lora_alpha", "lora_dropout", "target_modules"))
-        others = [(name, m) for name, m in model.named_modules() if not isinstance(m, lora.LoraLinear)]
-        matrices = [(name, p) for name, m in others for p in m.parameters(recurse=False) if p.ndim > 1]
-        frozen = dict.fromkeys(name.split(".")[-1] for name, p in matrices if not p.requires_grad)
-        start = "trained on from" if (Path(cfg.model.name) / "adapter_config.json").is_file() else "of"
-        rest = ", ".join(frozen) or "norms"
-        found.append(f"LoRA {start} {cfg.model.name}: {settings}; frozen, without an adapter: {rest}")
+        frozen = {name.split(".")[-2] for name, p in model.named_parameters() if p.ndim > 1 and not p.requires_grad}
+        rest = ", ".join(sorted(frozen - {*adapter["target_modules"]})) or "norms"
+        found.append(f"LoRA from {cfg.model.name}: {settings}; frozen, without an adapter: {rest}")
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         found.append("output_router_logits: the router's auxiliary loss (router_aux_loss_coef) is left out")
     special = sorted(special_ids(tokenizer))
@@ -465,8 +455,7 @@ def has_plain_head(model) -> bool:
     if head is None or getattr(head, "bias", None) is not None:  # A bias may be zero now, and trained.
         return False
     try:  # A cap shows on large logits. Only the head is tested, with the attention that runs on any device.
-        # Cast: trained embeddings beside a frozen base are float32.
-        cast, hook = cast_params(model, model.config.dtype), lambda _, __, output: 1000 * output
+        cast, hook = cast_params(model, model.config.dtype), lambda _, __, output: 1000 * output.float()
         with cast, attention.eval_mode(model, "eager"), head.register_forward_hook(hook):
             hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
             logits = model(input_ids=ids, use_cache=False).logits.float()

@@ -213,8 +213,7 @@ def memory(cfg, tokenizer, gpu_gib: float | None, longest: int, report: dict) ->
     dtype, context = getattr(torch, cfg.model.dtype), cfg.parallel.context
     tokens = math.ceil(batches.get("largest_row_tokens", context * cfg.train.max_tokens_per_micro_batch) / context)
     trained_tokens = min(batches.get("largest_row_supervised", tokens), tokens)
-    rows = len(tokenizer) if cfg.tokenizer.add_tokens else 0
-    model = load_model(cfg.model, torch.device("cuda"), meta=True, rows=rows)
+    model = load_model(cfg.model, torch.device("cuda"), True, len(tokenizer) if cfg.tokenizer.add_tokens else 0)
     report.setdefault("notes", []).extend(notes_of(model, cfg, tokenizer, None))
     with FakeTensorMode(allow_non_fake_inputs=True):  # The inputs are the meta model's, to be made fake here.
         model.to_empty(device="cpu")

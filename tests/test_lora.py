@@ -7,12 +7,14 @@ import pytest
 import torch
 from running import ROOT, metrics, run
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 import checkpoint
 import config
 import lora
-from model import load_model, open_saved
+from model import check_model, has_plain_head, load_model, notes_of, open_saved
+from templates import special_ids
+from tokens import load_tokenizer
 
 PROMPT = "What is the capital of France? The capital of France is Paris."
 
@@ -284,10 +286,59 @@ def test_an_adapter_is_trained_on_with_its_own_settings():
     assert wanted.keys() == saved.keys() and all(torch.equal(saved[name], p) for name, p in wanted.items())
     assert sum(p.requires_grad for p in model.parameters()) == sum("lora_" in name for name in wanted)
     assert model.adapter_config["r"] == 2 and model.adapter_config["lora_alpha"] == 6
-    for override, there in (("lora.rank=3", "2"), ("lora.train_embeddings=true", "False"), ("from_scratch=true", "")):
+    for override, there in (
+        ("lora.rank=3", "2"),
+        ("lora.train_embeddings=true", "False"),
+        ("from_scratch=true", "False"),
+    ):
         cfg = config.load(None, [f"model.name={folder}", f"model.{override}"])
-        with pytest.raises(ValueError, match=f"model.{override.partition('=')[0]} = .*adapter.* {there}"):
+        with pytest.raises(ValueError, match=f"model.{override.partition('=')[0]} = .*{folder} has {there}:"):
             load_model(cfg.model, torch.device("cpu"))
+
+
+def test_an_adapter_whose_output_layer_is_not_its_base_s_is_refused(base, tmp_path):
+    cfg = config.load(None, [f"model.name={base}", "model.lora.rank=2", "model.lora.train_embeddings=true"])
+    model, path = load_model(cfg.model, torch.device("cpu")), tmp_path / "adapter_model.safetensors"
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    saved, written = lora.peft_parameters(model, trained), tmp_path / "adapter_config.json"
+    save_file(saved, path)
+    written.write_text(json.dumps(model.adapter_config))
+    opened = open_saved(tmp_path, torch.bfloat16)
+    assert {p.dtype for name, p in opened.named_parameters() if "lora" not in name} == {torch.bfloat16}
+    assert opened.lm_head.weight is opened.model.embed_tokens.weight
+    save_file(saved | {"base_model.model.lm_head.weight": trained["model.embed_tokens.weight"] * 2}, path)
+    with pytest.raises(ValueError, match=f"{tmp_path} has .* output layer .* tied"):  # as peft trains them
+        open_saved(tmp_path, torch.float32)
+    written.write_text(json.dumps({**model.adapter_config, "modules_to_save": ["embed_tokens"]}))
+    with pytest.raises(ValueError, match="modules_to_save = .* must be .*'lm_head'"):
+        open_saved(tmp_path, torch.float32)
+
+
+def test_what_a_launch_leaves_out_and_what_is_untrained_is_said(base, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    hf_config = MixtralConfig(vocab_size=len(tokenizer), num_key_value_heads=2, output_router_logits=True, **sizes)
+    model = MixtralForCausalLM(hf_config)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[sorted(special_ids(tokenizer))] = 1e-5
+    model.save_pretrained(tmp_path)
+    labels = torch.tensor([-100, end])
+    examples = type("Examples", (), {"first": lambda *_: [0], "__getitem__": lambda *_: (labels, labels)})()
+
+    def said(*overrides):
+        cfg = config.load(None, [f"model.name={tmp_path}", *overrides])
+        model = load_model(cfg.model, torch.device("cpu"))
+        assert has_plain_head(model)  # in bfloat16, too, and above float32 embeddings
+        return notes_of(model, cfg, tokenizer, examples)
+
+    (router,) = said()
+    assert "router_aux_loss_coef" in router
+    left_out, again, untrained = said("model.lora.rank=2")
+    assert again == router and left_out.endswith(": embed_tokens, experts, gate, lm_head") and "r 2" in left_out
+    assert untrained.startswith("<|im_end|>:") and "model.lora.train_embeddings=true" in untrained
+    left_out, again = said("model.lora.rank=2", "model.lora.train_embeddings=true")
+    assert again == router and left_out.endswith(": experts, gate")
 
 
 def test_what_is_written_of_an_adapter_is_what_peft_writes(base):
@@ -324,6 +375,30 @@ def test_an_adapter_whose_parameters_are_of_other_layers_is_refused(tmp_path):
     save_file(dict([*load_file(path).items()][1:]), path)
     with pytest.raises(ValueError, match="adapter does not hold the parameters"):
         open_saved(tmp_path / "adapter", torch.float32)
+
+
+def test_added_tokens_get_the_mean_row_where_there_is_none(base):
+    old = AutoModelForCausalLM.from_pretrained(base).get_input_embeddings().weight
+    rows, mean = len(old), old.mean(0)
+
+    def load(*overrides):
+        cfg = config.load(None, [f"model.name={base}", "tokenizer.add_tokens=[<|im_end|>, <new>]", *overrides])
+        tokenizer = load_tokenizer(cfg)
+        assert tokenizer.encode("Hi<new>")[-1] == rows == len(tokenizer) - 1 and rows in special_ids(tokenizer)
+        model = load_model(cfg.model, torch.device("cpu"), rows=len(tokenizer))
+        check_model(model, cfg, 1, tokenizer, 10)
+        return model
+
+    for model in (load("model.dtype=float32"), load("model.lora.rank=2", "model.lora.train_embeddings=true")):
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            assert layer.weight.shape == (rows + 1, old.shape[1]) and layer.weight.dtype == torch.float32
+            torch.testing.assert_close(layer.weight[:rows], old, rtol=0.01, atol=0)
+            torch.testing.assert_close(layer.weight[rows], mean, rtol=0.01, atol=1e-4)
+        assert model.config.vocab_size == rows + 1
+    with pytest.raises(ValueError, match="tokenizer.add_tokens needs model.lora.train_embeddings=true"):
+        load("model.lora.rank=2")
+    padded = load_model(config.load(None, [f"model.name={base}"]).model, torch.device("cpu"), rows=rows - 1)
+    assert len(padded.get_input_embeddings().weight) == rows == padded.config.vocab_size
 
 
 def test_the_revision_of_a_base_is_its_commit_on_the_hub(base, tmp_path, monkeypatch):
