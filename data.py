@@ -316,8 +316,10 @@ def from_alpaca(row: dict) -> list[dict]:
     """The instruction and, behind an empty line, the input. https://github.com/tatsu-lab/stanford_alpaca#data-release;
     `history` (pairs of a question and an answer) as LLaMA-Factory has it."""
     question, messages = row["instruction"], []
-    if row.get("input") not in (None, ""):
-        question = question + "\n\n" + row["input"]
+    if (given := row.get("input")) not in (None, ""):
+        if not isinstance(given, str):
+            raise ValueError(f"input is {given!r}, not a text")
+        question = question + "\n\n" + given
     for pair in [*(row.get("history") or []), (question, row["output"])]:
         user, assistant = (pair[k] for k in range(len(pair)))  # An error for an object.
         messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]

@@ -387,7 +387,7 @@ def test_columns_that_nothing_reads_are_known_by_name(tmp_path, row, names):
         ({"prompt": "a", "completion": "b", "input": "c"}, "'input' = 'c'"),
         ({"instruction": 3, "output": "b"}, r"messages\[0\]: the content is '3'"),
         ({"instruction": 3, "input": "a", "output": "b"}, "TypeError"),
-        ({"instruction": "a", "input": 0, "output": "b"}, "TypeError"),
+        ({"instruction": "a", "input": 0, "output": "b"}, "input is 0"),
         ({"instruction": "a", "output": "b", "history": [["a", "b", "c"]]}, "too many values to unpack"),
         ({"conversations": [{"from": "robot", "value": "a"}]}, r"messages\[0\]: the role 'robot'"),
         ({"conversations": [{"from": "human", "value": None}]}, r"messages\[0\]: the content is 'None'"),
