@@ -36,6 +36,10 @@ def repair_generation(generation: GenerationConfig) -> list[str]:
     if (generation.pad_token_id or 0) < 0:
         notes.append(f"pad_token_id: {generation.pad_token_id} is dropped")
         generation.pad_token_id = None
+    for name in ("early_stopping", "length_penalty") if (generation.num_beams or 1) == 1 else ():
+        if getattr(generation, name, None):
+            notes.append(f"{name}: {getattr(generation, name)} is dropped, which only beams read")
+            setattr(generation, name, None)
     for generation.do_sample in (before, True, before):  # The last: something else is wrong, as `try_export` says.
         with contextlib.suppress(ValueError):
             generation.validate(strict=True)
@@ -112,6 +116,7 @@ def add_older_names(folder: Path):
             part.pop("_name_or_path", None)
             part |= {"torch_dtype": part["dtype"]} if part.get("dtype") else {}
             part |= older_rope(part.get("rope_parameters") or {})
+            part |= {"num_experts": part["num_local_experts"]} if part.get("num_local_experts") else {}
         path.write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))

@@ -51,6 +51,10 @@ def adapter_config(model, model_cfg) -> dict:
         name = str(Path(name).absolute())
     elif cached := try_to_load_from_cache(name, "config.json", revision=revision):
         revision = Path(cached).parent.name  # the commit on the Hub, which stays when newer ones exist
+    if not targets:
+        raise ValueError(
+            f"model.lora.rank = {lora.rank}: {model_cfg.name} has no torch.nn.Linear to adapt; train it whole"
+        )
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

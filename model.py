@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from huggingface_hub import try_to_load_from_cache
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.stateless import _reparametrize_module
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
 import attention
@@ -55,12 +55,14 @@ def load_model(model_cfg, device: torch.device, meta: bool = False, rows: int = 
         model_cfg = lora.settings_of(model_cfg)
     name, revision = model_cfg.name, model_cfg.revision
     hf_config = open_native(AutoConfig, name, revision)
+    if Path(name, "generation_config.json").is_file():
+        GenerationConfig.from_pretrained(name)  # from_pretrained of a model ignores one that is no JSON
     kernel = attention.choose(model_cfg.attention, model_cfg.dtype, model_class(name, hf_config), device)
     # Trained parameters are float32. Those below an adapter are frozen, in the dtype of the run or model.lora.base.
     dtype = getattr(torch, model_cfg.lora.base or model_cfg.dtype) if model_cfg.lora.rank else torch.float32
     options = {"dtype": dtype, "attn_implementation": kernel}
     if model_cfg.from_scratch or meta:
-        with torch.device("meta" if meta else "cpu"):
+        with opening(name), torch.device("meta" if meta else "cpu"):
             model = AutoModelForCausalLM.from_config(hf_config, **options)
         if not model_cfg.from_scratch:
             check_loaded(name, model, open_on_paper(name, hf_config, revision))
@@ -108,19 +110,21 @@ LOADING = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `che
 
 
 @contextlib.contextmanager
-def quiet():
-    """transformers prints no report of what does not fit."""
+def opening(name):
+    """transformers prints no report of what does not fit, and its errors name the model."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         yield
+    except (SafetensorError, KeyError) as error:  # a file that was cut off; a name that transformers does not know
+        raise ValueError(f"model.name = {str(name)!r} cannot be opened: {error!r}; copy its files again") from error
     finally:
         logging.set_verbosity(verbosity)
 
 
 def open_complete(name: str, **options):
     """A model of a folder or of the Hub. Raises ValueError where its files do not fit, instead of making up values."""
-    with quiet():
+    with opening(name):
         model, found = AutoModelForCausalLM.from_pretrained(name, **options, **LOADING, trust_remote_code=False)
     check_loaded(name, model, found)
     model.unused_names = sorted(found["unexpected_keys"])  # What is in the files and not in the model.
@@ -139,11 +143,11 @@ def open_on_paper(name, hf_config, revision: str | None = None) -> dict:
         return {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
     shapes = {}
     for file in files:
-        with safe_open(file, "pt") as tensors:
+        with opening(name), safe_open(file, "pt") as tensors:
             shapes |= {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # Fake tensors, which have no values, belong to one thread.
     try:
-        with quiet(), FakeTensorMode():
+        with opening(name), FakeTensorMode(allow_non_fake_inputs=True):  # Gemma keeps a scalar on the meta device.
             options = {"state_dict": {key: torch.empty(shape) for key, shape in shapes.items()}, "config": hf_config}
             return model_class(name, hf_config).from_pretrained(None, dtype=torch.float32, **options, **LOADING)[1]
     finally:

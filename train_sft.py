@@ -106,13 +106,14 @@ def train(
     collate = functools.partial(packing.collate, device=device, cp_rank=rank % cp_size, cp_size=cp_size)
 
     # ---- what the run writes ----
+    repaired = repair_generation(model.generation_config)
     meta = meta_model(model.config, model.generation_config, dtype, adapter)
     tokenizer = copy.deepcopy(dataset.tokenizer)  # The writer's thread uses it while the loop does.
     keep, async_save = cfg.checkpoint.keep, cfg.checkpoint.async_save
     writer = checkpoint.CheckpointWriter(output_dir, keep, async_save, meta, tokenizer, dataset.stop_ids)
     tracker = None
     if rank == 0:
-        for note in repair_generation(meta.generation_config):
+        for note in repaired:
             print(f"generation_config.json of {cfg.model.name}: {note}")
         if not resume_from:
             try_export(meta, tokenizer, dataset.stop_ids, output_dir)
