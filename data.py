@@ -298,6 +298,12 @@ def to_conversation(row, format: str | None, columns: dict) -> dict:
             raise ValueError("has both a 'system' column and a system turn; leave one out")
         messages = [{"role": "system", "content": row["system"]}, *messages]
     read = {"system", *PASSED_ON, *FORMATS[format], *(OF_ALPACA if format == "alpaca" else ())}
+    if format in NO_CHAT:
+        read = {"id", *FORMATS[format]}
+        if row.get("weight") not in (None, 1):
+            raise ValueError(
+                f"has 'weight' = {row['weight']!r}, which format {format} does not read: leave the row out"
+            )
     passed_on = (*PASSED_ON, *(FORMATS[format] if format in NO_CHAT else ()))
     kept = {name: row[name] for name in passed_on if row.get(name) is not None}
     return {"messages": None if format in NO_CHAT else messages, **kept, "unread": sorted(there - read)}
@@ -321,6 +327,8 @@ def from_alpaca(row: dict) -> list[dict]:
             raise ValueError(f"input is {given!r}, not a text")
         question = question + "\n\n" + given
     for pair in [*(row.get("history") or []), (question, row["output"])]:
+        if isinstance(pair, str):
+            raise ValueError(f"history has {pair!r}, not a pair of a question and an answer")
         user, assistant = (pair[k] for k in range(len(pair)))  # An error for an object.
         messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
     return messages
@@ -333,6 +341,8 @@ def from_sharegpt(row: dict) -> list[dict]:
             messages.append(turn)  # a message under another name, or what `normalize` refuses
             continue
         message = {"role": SPEAKERS.get(turn["from"], turn["from"]), "content": turn.get("value")}
+        if twice := [name for name in message if turn.get(name) not in (None, message[name])]:
+            raise ValueError(f"a turn has from, value and another {twice[0]!r}: {str(turn)[:80]}")
         if turn["from"] == "function_call":
             calls = DECODER.decode(turn["value"]) if isinstance(turn["value"], str) else turn["value"]
             message |= {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
@@ -399,6 +409,8 @@ def normalize(row) -> dict:
 def normalize_message(message: dict, i: int) -> dict:
     """Message i as OpenAI writes it today, with the arguments of calls as objects. None counts as absent."""
     message = {name: value for name, value in message.items() if value is not None or name == "content"}
+    if present := [name for name in NOT_TEXT if message.get(name)]:
+        raise ValueError(f"messages[{i}]: has {present[0]!r}, but only text is trained here; leave such rows out")
     if "function_call" in message:  # until 2023, when tools had the role "function"
         message["tool_calls"] = [*message.get("tool_calls", []), message.pop("function_call")]
     role, calls, content = message.get("role"), message.pop("tool_calls", []), message.get("content")
@@ -412,7 +424,8 @@ def normalize_message(message: dict, i: int) -> dict:
         content = message["content"] = ""
     blocks = content if isinstance(content, list) else [{"type": "text", "text": content}]
     check_objects(blocks, f"messages[{i}]: the content")
-    if not all(block.get("type") == "text" and isinstance(block.get("text"), str) for block in blocks):
+    is_text = [block.get("type") == "text" and not {*block} & {*NOT_TEXT} for block in blocks]
+    if not all(is_text) or not all(isinstance(block.get("text"), str) for block in blocks):
         raise ValueError(f"messages[{i}]: the content is {str(content)[:60]!r}, but only text is trained here")
     return message
 
@@ -423,8 +436,9 @@ def normalize_call(call: dict, name: str) -> dict:
     function = {"arguments" if key == "parameters" else key: value for key, value in call["function"].items()}
     text = function.setdefault("arguments", {})
     with contextlib.suppress(json.JSONDecodeError):
-        function["arguments"] = json.loads(text or "{}") if isinstance(text, str) else {} if text is None else text
+        function["arguments"] = DECODER.decode(text or "{}") if isinstance(text, str) else {} if text is None else text
     others = {*call} - {"id", "type", "function", "index"} | {*function} - {"name", "arguments"}
+    others |= {*call["function"]} & {"parameters"} if "arguments" in call["function"] else set()
     if others or not isinstance(function["arguments"], dict) or not isinstance(function.get("name"), str):
         raise ValueError(f"{name}: {str(call)[:80]!r} must have a name, a JSON object of arguments, and no more")
     return {**call, "function": function}

@@ -37,6 +37,7 @@ def split_files(path: str) -> tuple[list[str], list[str]]:
 
 def find_files(path: str) -> list[str]:
     """A file, or those that a glob or a folder holds, by name, without the hidden files of a folder."""
+    path = str(Path(path))  # without "./", as those below it are named
     found = {path, *glob.glob(f"{glob.escape(path)}/**/*" if Path(path).is_dir() else path, recursive=True)}
     saved = {str(Path(file).with_name("state.json")) for file in found if Path(file).name == "dataset_info.json"}
     files = [file for file in found - saved if file.endswith(ENDINGS) and Path(file).is_file()]
@@ -72,10 +73,15 @@ def iterate_rows(files: list[str]):
     for file in files:
         try:
             for n, row in numbered_rows(file):
-                row = row if isinstance(row, bytes) else json.dumps(row, default=str).encode()
+                row = row if isinstance(row, bytes) else json.dumps(row, default=as_text).encode()
                 yield {"place": f"{file}:{n}", "json": row}
         except (ValueError, OSError, EOFError, zlib.error, csv.Error) as error:
             raise ValueError(f"{file}: {error}") from None
+
+
+def as_text(value) -> str:
+    """A value that JSON has not: bytes are UTF-8, as some programs write texts; dates and decimals as they print."""
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def numbered_rows(file: str):

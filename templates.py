@@ -22,6 +22,9 @@ import tracing
 
 IGNORE_INDEX = -100
 SWITCHES = ("train", "weight", "loss", "training")  # keys by which a message is left out of the training
+READ_KEYS = (  # of a message, here or by an engine; a template may read others
+    *("role", "content", "tool_calls", "tool_call_id", "name", "id", "reasoning_content", "reasoning", "thinking"),
+)
 FIX = 'set tokenizer.chat_template to another one, or "train": false in this message'
 ADVICE = "mark what to train in the template with {% generation %} ... {% endgeneration %}"
 
@@ -208,7 +211,10 @@ def encode_with_notes(tokenizer, messages, tools, chat_template, train_on="all",
         raise ValueError("the chat template prints nothing of what the assistant says")
     text, chosen = chat.text, chat.assistants if train_on == "all" else chat.assistants[-1:]
     chosen = [i for i in chosen if is_trained(messages[i], i)]
-    notes = notes_of(tokenizer, chat, turns, chosen) + [note for i in chosen for note in check_said(chat, i)]
+    known = {*SWITCHES, *READ_KEYS}
+    unread = {name for m in messages for name, value in m.items() if value and name not in known}
+    notes = [f"nothing reads the key {n!r} of a message" for n in sorted(unread) if n not in chat_template]
+    notes += notes_of(tokenizer, chat, turns, chosen) + [note for i in chosen for note in check_said(chat, i)]
     if lacks_bos(tokenizer, text):
         shift = len(tokenizer.bos_token)
         text, turns = tokenizer.bos_token + text, [(i, start + shift, end + shift) for i, start, end in turns]

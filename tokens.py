@@ -173,8 +173,11 @@ def encode_row(rows, i: int, name: str, tokenizer, chat_template: str, train_on:
             return templates.Encoded(ids, ids), notes, True
         if "input_ids" in row:
             ids, labels = row["input_ids"], row["labels"]
-            if wrong := [id for id in {*ids, *labels} - {templates.IGNORE_INDEX} if not 0 <= id < len(tokenizer)]:
-                raise ValueError(f"input_ids or labels has {wrong[0]}, which is no token of the tokenizer")
+            if wrong := [id for id in {*ids} if not 0 <= id < len(tokenizer)]:
+                raise ValueError(f"input_ids has {wrong[0]}, which is no token of the tokenizer")
+            if wrong := [k for k, pair in enumerate(zip(ids, labels, strict=True)) if pair[1] not in (pair[0], -100)]:
+                k = wrong[0]
+                raise ValueError(f"labels[{k}] is {labels[k]!r}, but must be input_ids[{k}] = {ids[k]} or -100")
             return templates.Encoded(ids, labels), notes, False
         messages, tools = row["messages"], row.get("tools")
         encoded, found = templates.encode_with_notes(tokenizer, messages, tools, chat_template, train_on, date)
@@ -199,7 +202,7 @@ def count_trained(labels: np.ndarray) -> int:
 
 def cut(lengths: np.ndarray, is_text: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(row, start, end) of each example, int64: the documents that are text are cut into pieces of `size` tokens."""
-    pieces = np.where(is_text, -(-lengths // size), 1)
+    pieces = np.where(is_text, np.maximum(1, -(-lengths // size)), 1)
     rows = np.repeat(np.arange(len(lengths)), pieces)
     starts = (np.arange(len(rows)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * size
     return rows, starts, np.minimum(lengths[rows], np.where(is_text[rows], starts + size, lengths[rows]))
@@ -254,7 +257,7 @@ class TokenizedDataset:
                     "tokens": int(lengths[chosen].sum(dtype=np.int64)),
                     "trained_tokens": int(trained[chosen].sum(dtype=np.int64)),
                     "overlong": int(too_long.sum()),
-                    "nothing_to_train": int((fits & (trained == 0)).sum()),
+                    "nothing_to_train": int((fits & (trained <= 0)).sum()),
                 }
             )
         self.row_ids, self.starts, self.lengths, self.trained_tokens = map(np.concatenate, zip(*kept, strict=True))

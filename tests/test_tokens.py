@@ -240,9 +240,10 @@ def test_documents_are_trained_whole_in_pieces_and_tokens_as_they_are(tmp_path):
     assert [column.tolist() for column in examples[0]] == [ids, labels]
     for row, named in (
         ({"input_ids": [1, 99999], "labels": [1, -100]}, "99999"),
-        ({"input_ids": [1], "labels": []}, ""),
+        ({"input_ids": [1], "labels": []}, "one length"),
+        ({"input_ids": [1, 2], "labels": [2, -100]}, "labels.0. is 2"),
     ):
-        with pytest.raises(ValueError, match=f"wrong.jsonl:1: .*labels.*{named}"):
+        with pytest.raises(ValueError, match=f"wrong.jsonl:1: .*{named}"):
             tokenize(data.read_files([write(tmp_path / "wrong.jsonl", row)], "tokens"), tmp_path / "cache")
     with pytest.raises(ValueError, match="text.jsonl:1: .*no format"):
         tokenize(data.read_files([chats], None), tmp_path / "cache")
