@@ -228,9 +228,15 @@ def set_values(config: Config, tree: dict, names: set[str], prefix: str = "") ->
             raise ValueError(f"the key {name} is there twice")
         names.add(name)
         if name.startswith("data.args."):  # the other arguments stay
-            config.data.args[name.removeprefix("data.args.")] = expand(convert(value, Any), name)
+            *sections, last = name.removeprefix("data.args.").split(".")
+            arguments = config.data.args
+            for section in sections:  # as in data.args.columns.messages
+                there = arguments.get(section)
+                arguments[section] = arguments = {**there} if isinstance(there, dict) else {}
+            arguments[last] = convert(expand(value, name), Any)
         elif name in KEYS:
             kind, minimum = KEYS[name].type, KEYS[name].metadata["minimum"]
+            value = expand(value, name)
             try:
                 converted = convert(value, kind)
             except ValueError:
@@ -238,7 +244,7 @@ def set_values(config: Config, tree: dict, names: set[str], prefix: str = "") ->
             if minimum is not None and converted is not None and converted < minimum:
                 raise ValueError(f"{name} = {value} must be at least {minimum} ({KEYS[name].metadata['help']})")
             *sections, last = name.split(".")
-            setattr(functools.reduce(getattr, sections, config), last, expand(converted, name))
+            setattr(functools.reduce(getattr, sections, config), last, converted)
         elif name.startswith(("policy.", "sft.", "checkpointing.")) and (last := name.rpartition(".")[2]) in NEMO_RL:
             raise ValueError(f"{name} is {NEMO_RL[last]} here")
         elif isinstance(value, dict):
@@ -253,13 +259,17 @@ def set_values(config: Config, tree: dict, names: set[str], prefix: str = "") ->
 
 
 def expand(value, name: str):
-    """Where a key or an argument of a dataset holds a path, the `~` and the $VARIABLES in it are replaced."""
+    """Replaces, in what `Loader` reads, the `~` and the $VARIABLES of paths; arguments that are names become text."""
     if isinstance(value, list):
         return [expand(item, name) for item in value]
     if isinstance(value, dict):
         return {key: expand(item, f"{name}.{key}") for key, item in value.items()}
+    if type(value) is str and value.lower() in ("", "~", "null"):
+        return value
+    if name.startswith("data.") and (name.endswith((".subset", ".format")) or ".columns." in name):
+        return Quoted(value)  # the subset 1.10 is not 1.1
     is_path = name.endswith(("output_dir", "data.cache", "model.name", "tokenizer.name", ".dataset", ".validation"))
-    if not isinstance(value, str) or not (is_path or name.endswith(".chat_template") and value.endswith(".jinja")):
+    if not is_path and not (name.endswith(".chat_template") and value.endswith(".jinja")):
         return value
     expanded = os.path.expanduser(os.path.expandvars(value))
     if unset := re.search(r"\$\{?(\w+)", expanded):

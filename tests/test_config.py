@@ -55,10 +55,22 @@ def test_arguments_of_a_dataset_are_read_as_json_and_else_are_text(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["data.args.subset", "data.args.columns.id", "tokenizer.name"])
-@pytest.mark.parametrize("text", ["no", "on", "Yes", "y", "2024-01-01", "12:30", "1_000", "0x1F", ".5"])
+@pytest.mark.parametrize(
+    "text", ["no", "on", "Yes", "y", "2024-01-01", "12:30", "1_000", "0x1F", ".5", "2024", "1.10", "1e5", "True"]
+)
 def test_a_name_that_yaml_would_read_as_something_else_stays_text(tmp_path, name, text):
     loaded = load(tmp_path, f"{name}: {text}"), config.load(None, [f"{name}={text}"])
-    assert all(text in [each.tokenizer.name, *each.data.args.values()] for each in loaded)
+    for value in map(config.to_dict, loaded):
+        for part in name.split("."):
+            value = value[part]
+        assert value == text
+
+
+def test_arguments_with_dots_are_those_inside_and_a_name_may_be_null(tmp_path):
+    overrides = ["data.args.columns.system=null", "data.args.columns.id=~", "data.args.subset="]
+    loaded = load(tmp_path, "data.args: {columns: {messages: no, id: 1}, subset: 2, n: 0.5}", *overrides)
+    assert loaded.data.args == {"columns": {"messages": "no", "id": None, "system": None}, "subset": None, "n": 0.5}
+    assert config.load(None, ["data.args.n=1", "data.args.n.m=2"]).data.args == {"n": {"m": 2}}
 
 
 @pytest.mark.parametrize(
@@ -90,8 +102,9 @@ def test_what_is_no_path_keeps_its_dollars_and_tildes(monkeypatch):
 
 @pytest.mark.parametrize("value", ["0.1", "'1e5'", "'12'", "[a, {b: 'null'}]"])
 def test_the_resolved_configuration_is_a_file_that_loads_to_itself(tmp_path, value):
-    loaded = config.load(None, [f"data.args.a={value}", "checkpoint.must_save_by=00:03:45:00", "model.name='7'"])
-    assert load(tmp_path, config.dump(loaded)) == loaded
+    names = ["data.args.subset=1.10", "data.args.columns.id=7", "model.name='7'", "tokenizer.name='null'"]
+    loaded = config.load(None, [f"data.args.a={value}", "checkpoint.must_save_by=00:03:45:00", *names])
+    assert load(tmp_path, config.dump(loaded)) == loaded and loaded.tokenizer.name == "null"
 
 
 @pytest.mark.parametrize(
