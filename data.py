@@ -6,6 +6,7 @@ import glob
 import gzip
 import importlib.util
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import datasets
 import huggingface_hub
 import numpy as np
 
-from files import DECODER, ENDINGS, FILE_ROWS, SPLITS, find_files, read_table, split_files, without_filled_in
+from files import ENDINGS, FILE_ROWS, SPLITS, find_files, from_json, read_table, split_files, without_filled_in
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 BY_NAME = "by name"  # as `validation`: the split that has such a name, or files of such names
@@ -122,13 +123,21 @@ class Chats:
     its columns. `columns`: the user's own names of columns, as {"messages": "dialogue"}."""
 
     def __init__(self, path: str, validation=BY_NAME, seed=42, format: str | None = None, columns: dict | None = None):
-        files, others = split_files(path)
+        files, others, left_out = split_files(path)
         if validation == BY_NAME:
             validation = others or 0.05
-        elif isinstance(validation, str):
-            validation = find_files(validation)
-            if not Path(path).is_file():  # a folder or a glob may name them too
-                files = [file for file in files if not any(Path(file).samefile(other) for other in validation)]
+        else:
+            left_out += others
+            if isinstance(validation, str):
+                validation = find_files(validation)
+                same = {os.path.realpath(file) for file in validation}
+                left_out = [file for file in left_out if os.path.realpath(file) not in same]
+                if not Path(path).is_file():  # a folder or a glob may name them too
+                    files = [file for file in files if os.path.realpath(file) not in same]
+        if left_out:
+            print(f"{path}: {len(left_out)} left out by their names: {', '.join(left_out[:5])}", file=sys.stderr)
+        if not files:
+            raise ValueError(f"data: {path} has no rows to train on: no file is left for it")
         train = read_files(files, format, columns)
         if isinstance(validation, list):
             self.formatted_ds = {"train": train, "validation": read_files(validation, format, columns)}
@@ -145,12 +154,17 @@ class HubChats:
         self, path: str, subset: str | None = None, train: str = "train", validation=BY_NAME, seed: int = 42,
         format: str | None = None, columns: dict | None = None,
     ):  # fmt: skip
-        loaded = datasets.load_dataset(path, subset if subset is None else str(subset))  # a year is read as a number
+        if not isinstance(subset, str | None):
+            raise ValueError(f"data.args.subset = {subset!r} must be a text, the name of a configuration of {path}")
+        loaded = datasets.load_dataset(path, subset)
         if validation == BY_NAME:
             validation = next((name for name in loaded if SPLITS.get(name) == "validation"), "validation")
         names = {"train": train, **({"validation": validation} if isinstance(validation, str) else {})}
-        if missing := [name for name in names.values() if name not in loaded]:
-            raise ValueError(f"{path} has no split {missing[0]!r}, only {[*loaded]}: set data.args, as validation=0.05")
+        if missing := [split for split, name in names.items() if name not in loaded]:
+            fix = "" if "train" in missing else ", or as validation=0.05"
+            raise ValueError(
+                f"{path} has no split {names[missing[0]]!r}, only {[*loaded]}: set data.args.{missing[0]} to one{fix}"
+            )
         if left_out := [name for name in loaded if name not in names.values()]:
             print(f"{path}: splits left out: {', '.join(left_out)}", file=sys.stderr)
         splits = {split: as_conversations(loaded[name], format, columns) for split, name in names.items()}
@@ -253,6 +267,8 @@ def as_conversations(table: datasets.Dataset, format: str | None, columns: dict 
     """The rows of a table, converted when they are read. `format`: of `FORMATS`; None: by the columns of each row."""
     if unknown := {*(columns or {})} - {"system", *OF_ALPACA, *PASSED_ON}.union(*FORMATS.values()):
         raise ValueError(f"data.args.columns: nothing reads {min(unknown)!r}; write messages: dialogue, for instance")
+    if format not in (None, *FORMATS):
+        raise ValueError(f"data.args.format = {format}; there are {', '.join(FORMATS)} and null")
     convert = functools.partial(to_conversations, features=table.features, format=format, columns=columns or {})
     return table.with_transform(convert)
 
@@ -260,7 +276,7 @@ def as_conversations(table: datasets.Dataset, format: str | None, columns: dict 
 def to_conversations(batch: dict[str, list], features: datasets.Features, format, columns) -> dict[str, list]:
     """The transform of a table: columns of rows in, columns of conversations out."""
     if features == FILE_ROWS:
-        rows = [DECODER.decode(text.decode(json.detect_encoding(text))) for text in batch["json"]]
+        rows = [from_json(text.decode("utf-8-sig"), "the row") for text in batch["json"]]
     else:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         rows = [without_filled_in(row, features) for row in rows]
@@ -279,18 +295,19 @@ def to_conversation(row, format: str | None, columns: dict) -> dict:
         others = {name: value for name, value in row.items() if name not in columns.values()}
         row = others | {name: row[theirs] for name, theirs in columns.items()}
     there = {name for name, value in row.items() if value is not None} if isinstance(row, dict) else set()
-    wanted = [format] if format in FORMATS else [name for name in FORMATS if name not in NO_CHAT and format is None]
+    wanted = [format] if format else [name for name in FORMATS if name not in NO_CHAT]
     fitting = [name for name in wanted if FORMATS[name] <= there]
     if len(fitting) != 1:
         kinds = f"{' and '.join(fitting) or 'no format'} with data.args.format = {format or 'null'}"
-        fix = f"there are {FORMATS}; data.args.columns={{messages: dialogue}} takes the column dialogue for messages"
+        known = ", ".join(f"{name} ({', '.join(sorted(needed))})" for name, needed in FORMATS.items())
+        fix = f"there are {known}; data.args.columns={{messages: dialogue}} takes the column dialogue for messages"
         raise ValueError(f"the columns {', '.join(sorted(there)) or '(none)'} are of {kinds}; {fix}")
     format = fitting[0]
     for name in ("train", "loss", "training", *(("label", "input") if format == "prompt_completion" else ())):
         if row.get(name) not in (None, "", True):
             raise ValueError(f"has {name!r} = {row[name]!r} for the whole row, which is not read: put it into messages")
-    texts = [name for name in ("messages", "conversations") if name in FORMATS[format] and isinstance(row[name], str)]
-    row = row | {name: DECODER.decode(row[name]) for name in texts}
+    if format in ("messages", "sharegpt"):
+        row = row | {name: from_json(row[name], name) for name in FORMATS[format]}
     convert = {"prompt_completion": from_prompt_completion, "alpaca": from_alpaca, "sharegpt": from_sharegpt}
     messages = convert[format](row) if format in convert else row.get("messages")
     if format not in NO_CHAT and row.get("system") not in (None, ""):
@@ -344,7 +361,7 @@ def from_sharegpt(row: dict) -> list[dict]:
         if twice := [name for name in message if turn.get(name) not in (None, message[name])]:
             raise ValueError(f"a turn has from, value and another {twice[0]!r}: {str(turn)[:80]}")
         if turn["from"] == "function_call":
-            calls = DECODER.decode(turn["value"]) if isinstance(turn["value"], str) else turn["value"]
+            calls = from_json(turn["value"], "the value of a function_call")
             message |= {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
         messages.append({**message, **{name: turn[name] for name in turn if name not in ("from", "value")}})
     return messages
@@ -384,9 +401,7 @@ def normalize(row) -> dict:
         if len(row["input_ids"]) != len(row["labels"]) or not all(isinstance(id, int) for id in row["input_ids"]):
             raise ValueError("input_ids and labels must be lists of integers of one length")
         return {name: row.get(name) for name in ("input_ids", "labels", "unread")}
-    tools = row.get("tools") or row.get("functions")  # as OpenAI called them until 2023
-    with contextlib.suppress(json.JSONDecodeError):  # `check_objects` refuses it
-        tools = DECODER.decode(tools) if tools and isinstance(tools, str) else tools  # JSON text in some datasets
+    tools = from_json(row.get("tools") or row.get("functions") or [], "tools")  # functions: OpenAI until 2023
     check_objects(messages, "messages")
     check_objects(tools or [], "tools")
     tools, messages = [wrapped(tool) for tool in tools or []], [normalize_message(m, i) for i, m in enumerate(messages)]

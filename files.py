@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import re
-import sys
 import zlib
 from pathlib import Path
 
@@ -22,17 +21,15 @@ SPLITS = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word i
 FILE_ROWS = datasets.Features({"place": datasets.Value("string"), "json": datasets.Value("binary")})
 
 
-def split_files(path: str) -> tuple[list[str], list[str]]:
-    """The files to train on and to validate on. In a folder the first word of their names, or of the names of their
-    subfolders, that is in `SPLITS` decides; files without one are trained on if none says train."""
+def split_files(path: str) -> tuple[list[str], list[str], list[str]]:
+    """The files to train on, to validate on, and to leave out. In a folder the first word of their names, or of the
+    names of their subfolders, that is in `SPLITS` decides; files without one are trained on if none says train."""
     splits = {}
     for file in find_files(path):
         words = re.findall("[a-z]+", file.removeprefix(path).lower()) if Path(path).is_dir() else []
         splits.setdefault(next((SPLITS[word] for word in words if word in SPLITS), None), []).append(file)
     train, validation = splits.pop("train", None) or splits.pop(None, []), splits.pop("validation", [])
-    if left_out := sum(splits.values(), []):
-        print(f"{path}: {len(left_out)} left out by their names: {', '.join(left_out[:5])}", file=sys.stderr)
-    return train, validation
+    return train, validation, sum(splits.values(), [])
 
 
 def find_files(path: str) -> list[str]:
@@ -76,7 +73,8 @@ def iterate_rows(files: list[str]):
                 row = row if isinstance(row, bytes) else json.dumps(row, default=as_text).encode()
                 yield {"place": f"{file}:{n}", "json": row}
         except (ValueError, OSError, EOFError, zlib.error, csv.Error) as error:
-            raise ValueError(f"{file}: {error}") from None
+            fix = ": save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+            raise ValueError(f"{file}: {error}{fix}") from None
 
 
 def as_text(value) -> str:
@@ -94,6 +92,8 @@ def numbered_rows(file: str):
         tables = (datasets.Dataset(pyarrow.Table.from_batches([batch])) for batch in batches)
         return enumerate(without_filled_in(row, table.features) for table in tables for row in table)
     lines = gzip.open(file) if ending.endswith(".gz") else io.BufferedReader(pyarrow.input_stream(file))
+    if ending.startswith(".jsonl") and not (encoding := json.detect_encoding(lines.peek(4))).startswith("utf-8"):
+        raise ValueError(f"is {encoding.upper()}, but lines of JSON are read as UTF-8: save it as UTF-8")
     if not ending.startswith(".jsonl"):
         text = lines.read()
         text = text.decode(json.detect_encoding(text))  # of UTF-8 or, by its BOM, of UTF-16
@@ -110,7 +110,7 @@ def csv_rows(text: str):
     """Yields (number, row) as a spreadsheet counts them. The first names the columns; an empty cell is null."""
     csv.field_size_limit(2**31 - 1)
     separator = max(",;\t", key=text.partition("\n")[0].count)
-    header, *table = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    header, *table = [*csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)] or [[]]
     for number, cells in enumerate(table, 2):
         if len(cells) not in (0, len(header)):
             raise ValueError(f"row {number} has {len(cells)} cells, but the header has {len(header)}")
@@ -121,11 +121,20 @@ def csv_rows(text: str):
 def unique_keys(pairs: list[tuple]) -> dict:
     """A JSON object, in which no key stands twice."""
     if len(there := dict(pairs)) < len(pairs):
-        raise ValueError(f"a key is there twice in an object with {', '.join(name for name, _ in pairs)}")
+        names = ", ".join(name for name, _ in pairs)
+        raise ValueError(f"a key is there twice in an object with {names}: {str(there)[:80]}")
     return there
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
+
+
+def from_json(value, name: str):
+    """A value that may be JSON text, as a list in a spreadsheet is. `name`: of the value, for errors."""
+    try:
+        return DECODER.decode(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be read as JSON: {error}: {value[:60]!r}") from None
 
 
 def without_filled_in(value, feature):

@@ -192,7 +192,7 @@ def test_a_spreadsheet_is_read_whatever_it_was_exported_with(tmp_path, separator
     [
         ("question,answer\nOne?\n", "row 2 has 1 cells"), ("question,answer\na,b\nOne?,First., it is\n", "row 3 has 3"),
         ('question,answer\n"One?,First.\n', "unexpected end"), ("answer,question,answer\na,b,c\n", "answer, question"),
-        ("question,answer\n", "no rows"),
+        ("question,answer\n", "no rows"), ("", "no rows"),
     ],
 )  # fmt: skip
 def test_a_spreadsheet_that_has_another_shape_is_refused(tmp_path, text, reason):
@@ -216,8 +216,17 @@ def test_a_file_in_another_encoding_is_read_rightly_or_named(tmp_path, name, enc
     if encoding == "utf-16" and name != "rows.jsonl":
         assert {*questions(read(tmp_path))} == {"é"}
     else:
-        with pytest.raises(ValueError, match=f"{name}.*(codec|UTF)"):
-            conversations(read(tmp_path))
+        reason = (
+            "is UTF-16.*save it as UTF-8"
+            if encoding == "utf-16"
+            else "codec"
+            if name == "rows.jsonl"
+            else "codec.*UTF-8"
+        )
+        with pytest.raises(ValueError, match=f"{name}.*{reason}"):
+            rows = read(tmp_path)
+            assert encoding == "latin-1" and name == "rows.jsonl"
+            conversations(rows)
 
 
 def test_a_saved_dataset_is_read_with_its_splits_as_it_stands(tmp_path):
@@ -241,6 +250,12 @@ def test_a_saved_dataset_is_read_with_its_splits_as_it_stands(tmp_path):
 
 
 # ---- formats ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_rows_of_a_saved_dataset_that_was_shuffled_are_in_its_order(tmp_path):
+    table = datasets.Dataset.from_list([{"prompt": str(i), "completion": "b"} for i in range(9)])
+    table.shuffle(seed=1).select(range(5)).save_to_disk(tmp_path / "saved")
+    assert questions(read(tmp_path / "saved")) == table.shuffle(seed=1)["prompt"][:5]
 
 
 @pytest.mark.parametrize("format", SAME)
@@ -313,7 +328,7 @@ def test_a_format_that_is_named_decides_between_two(tmp_path):
     assert read(path, "messages")[0]["messages"] == [ASK, ANSWER]
     assert read(path, "prompt_completion")[0]["messages"][0]["content"] == "a"
     with pytest.raises(ValueError, match="data.args.format = chat;.*sharegpt"):
-        conversations(read(path, "chat"))
+        read(path, "chat")
 
 
 @pytest.mark.parametrize("column", ["messages", "conversations"])
@@ -361,9 +376,11 @@ def test_columns_that_nothing_reads_are_known_by_name(tmp_path, row, names):
 @pytest.mark.parametrize(
     "row, reason",
     [
-        ("{", "JSONDecodeError"),
+        ("{", "the row cannot be read as JSON"),
         ('{"messages": [{"role": "user", "content": "a", "role": "assistant"}]}', "a key is there twice.*role"),
-        ({"messages": "[{'role': 'user'}]"}, "JSONDecodeError"),
+        ({"messages": "[{'role': 'user'}]"}, r"messages cannot be read as JSON.*\[\{'role'"),
+        ({"conversations": ""}, "conversations cannot be read as JSON"),
+        ({"messages": [ASK, ANSWER], "tools": '[{"name": "f", "name": "g"}]'}, "tools .* a key is there twice.*name"),
         ([5], "no format"),
         ({"messages": []}, "no assistant turn"),
         ({"messages": [{**ANSWER, "tool_calls": "x"}]}, r"messages\[0\]: tool_calls is 'x'"),
@@ -377,7 +394,7 @@ def test_columns_that_nothing_reads_are_known_by_name(tmp_path, row, names):
             r"messages\[0\]: .*image_url.*only text",
         ),
         ({"messages": [ASK, ANSWER], "images": ["a.png"]}, "'images': only text"),
-        ({"messages": [ASK, ANSWER], "tools": "{"}, "tools is '{', not a list"),
+        ({"messages": [ASK, ANSWER], "tools": "{"}, "tools cannot be read as JSON"),
         ({"messages": [{"role": "system", "content": "a"}, ASK, ANSWER], "system": "b"}, "both a 'system' column and"),
         ({"messages": [ASK, ANSWER], "train": False}, "'train' = False"),
         ({"messages": [ASK, ANSWER], "loss": False}, "'loss' = False for the whole row"),
@@ -396,7 +413,7 @@ def test_columns_that_nothing_reads_are_known_by_name(tmp_path, row, names):
         ({"messages": [ASK, {**CALL, "tool_calls": [{"name": "f", "arguments": '{"a": 1, "a": 2}'}]}]}, "there twice"),
         ({"instruction": "a", "output": "b", "history": ["Hi", "Yo"]}, "history has 'Hi'"),
         ({"conversations": ["a"]}, r"messages is .*'a'.*, not a list of objects"),
-        ({"conversations": [{"from": "function_call", "value": "{"}]}, "JSONDecodeError"),
+        ({"conversations": [{"from": "function_call", "value": "{"}]}, "function_call cannot be read as JSON"),
         ({"conversations": [{"from": "function_call", "value": "[5]"}]}, "tool_calls"),
         ({"conversations": [{"from": "function_call", "value": "{}"}]}, "tool_calls.* a name"),
         (
@@ -545,6 +562,8 @@ def test_files_of_a_folder_are_splits_where_their_names_say_so(tmp_path, names, 
     assert names[2] in said and names[0] not in said
     path = f"{tmp_path}/train set/{names[2]}"
     splits = data.load_dataset_class(f"{tmp_path}/train set", {"validation": path}).formatted_ds
+    said = capsys.readouterr().err
+    assert f"1 left out by their names: {tmp_path}/train set/{names[1]}" in said
     assert {split: questions(rows) for split, rows in splits.items()} == {"train": [names[0]], "validation": [names[2]]}
     splits = data.load_dataset_class(f"{tmp_path}/train set", {"validation": None}).formatted_ds
     assert {split: questions(rows) for split, rows in splits.items()} == {"train": [names[0]]}
@@ -558,7 +577,7 @@ def test_a_folder_whose_names_say_nothing_is_held_out_from_by_fraction(tmp_path,
     assert "left out" not in capsys.readouterr().err
     (tmp_path / "only").mkdir()
     write(tmp_path / "only/test.jsonl", SAME["messages"][0])
-    with pytest.raises(ValueError, match="no rows"):
+    with pytest.raises(ValueError, match="only has no rows to train on"):
         data.load_dataset_class(str(tmp_path / "only"), {})
 
 
@@ -574,9 +593,13 @@ def test_a_dataset_of_the_hub_is_split_by_name_or_fraction(monkeypatch, capsys):
     with pytest.raises(ValueError, match="owner/name has no split 'validation'.*train.*test"):
         data.load_dataset_class("owner/name", {})
     loaded["dev"] = loaded["test"].select([0])
-    splits = data.load_dataset_class("owner/name", {"subset": 2024}).formatted_ds
+    args = config.load(None, ["data.args.subset=2024"]).data.args
+    splits = data.load_dataset_class("owner/name", args).formatted_ds
     assert [len(rows) for rows in splits.values()] == [20, 1] and subsets == [None] * 4 + ["2024"]
     assert "left out: test" in capsys.readouterr().err
+    for args, reason in (({"subset": ["en"]}, r"data.args.subset = \['en'\]"), ({"train": "sft"}, "data.args.train")):
+        with pytest.raises(ValueError, match=f"{reason}.*owner/name|owner/name.*{reason}"):
+            data.load_dataset_class("owner/name", args)
 
 
 def test_a_split_is_needed_where_it_is_read_and_read_nowhere_else(tmp_path):
