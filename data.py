@@ -16,7 +16,7 @@ import datasets
 import huggingface_hub
 import numpy as np
 
-from files import ENDINGS, FILE_ROWS, SPLITS, find_files, from_json, read_table, split_files, without_filled_in
+from files import DECODER, ENDINGS, FILE_ROWS, SPLITS, find_files, from_json, read_table, split_files, without_filled_in
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 BY_NAME = "by name"  # as `validation`: the split that has such a name, or files of such names
