@@ -24,9 +24,10 @@ FILE_ROWS = datasets.Features({"place": datasets.Value("string"), "json": datase
 def split_files(path: str) -> tuple[list[str], list[str], list[str]]:
     """The files to train on, to validate on, and to leave out. In a folder the first word of their names, or of the
     names of their subfolders, that is in `SPLITS` decides; files without one are trained on if none says train."""
-    splits = {}
+    splits, path = {}, str(Path(path))
     for file in find_files(path):
         words = re.findall("[a-z]+", file.removeprefix(path).lower()) if Path(path).is_dir() else []
+        words = [word.removesuffix("set") for word in words]  # "testset"
         splits.setdefault(next((SPLITS[word] for word in words if word in SPLITS), None), []).append(file)
     train, validation = splits.pop("train", None) or splits.pop(None, []), splits.pop("validation", [])
     return train, validation, sum(splits.values(), [])

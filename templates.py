@@ -344,7 +344,8 @@ def notes_of(tokenizer, chat: Chat, turns: list[tuple[int, int, int]], chosen: l
     if chat.tools and not any(segment.source == tracing.TOOLS for segment in chat.segments):
         notes.append("the template leaves out the tools")
     for message in chat.messages:
-        if found := special_texts(tokenizer).search(text_of(message)):
+        said = [text_of(message), message.get("reasoning_content") or "", json.dumps(message.get("tool_calls") or "")]
+        if found := special_texts(tokenizer).search("\n".join(said)):
             notes.append(f"a special token is typed in a text of the {message.get('role')}: {found[0]!r}")
     for i in chosen:
         message, own = chat.messages[i], [(start, end) for k, start, end in turns if k == i]

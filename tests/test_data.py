@@ -550,6 +550,7 @@ def test_a_fraction_is_held_out_the_same_way_each_time(tmp_path):
         ("train.jsonl", "validation.jsonl", "test.jsonl"), ("train.jsonl", "val.jsonl", "extra.jsonl"),
         ("data/train-00000-of-00002.jsonl", "data/dev-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl"),
         ("train/test.jsonl", "valid/train.jsonl", "TEST/0.jsonl"), ("chats.jsonl", "chats_val.jsonl", "eval-1.jsonl"),
+        ("trainset.jsonl", "devset.jsonl", "testset.jsonl"),
     ],
 )  # fmt: skip
 def test_files_of_a_folder_are_splits_where_their_names_say_so(tmp_path, names, capsys):
@@ -567,6 +568,13 @@ def test_files_of_a_folder_are_splits_where_their_names_say_so(tmp_path, names, 
     assert {split: questions(rows) for split, rows in splits.items()} == {"train": [names[0]], "validation": [names[2]]}
     splits = data.load_dataset_class(f"{tmp_path}/train set", {"validation": None}).formatted_ds
     assert {split: questions(rows) for split, rows in splits.items()} == {"train": [names[0]]}
+
+
+def test_the_folder_that_one_is_in_does_not_change_what_names_say(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    datasets.Dataset.from_list([{**SAME["prompt_completion"][0], "prompt": "a"}] * 20).save_to_disk("test/saved")
+    for path in ("test/saved", "./test/saved", "test//saved/", f"{tmp_path}/test/saved"):
+        assert {*questions(data.load_dataset_class(path, {}).formatted_ds["train"])} == {"a"}
 
 
 def test_a_folder_whose_names_say_nothing_is_held_out_from_by_fraction(tmp_path, capsys):
