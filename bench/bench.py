@@ -3,12 +3,14 @@
 python bench/bench.py                  # on a GPU where there is one, else on the CPU; bench/README.md has the tables
 python bench/bench.py --rounds 1 ours trl_best         # some of the settings, once each
 
-The settings take turns, so that all of them meet the machine's good and bad minutes. TRL gets an environment of its own
-(bench/.venv, made at the first run: newest TRL, this torch). SQuAD comes from the Hub; the tokenizer is trained on it.
+The settings take turns, so that all of them meet the machine's good and bad minutes. Each result is kept in the folder:
+the same command goes on where it was stopped. TRL gets an environment of its own (bench/.venv, made at the first run:
+newest TRL, this torch). SQuAD comes from the Hub; the tokenizer is trained on it.
 """
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -36,18 +38,17 @@ TRL = {  # what each setting changes in SFTConfig
     "trl_best_micro": {**SAME_TOKENS, "per_device_train_batch_size": 1},
     "trl_packing": {**SAME_TOKENS, "packing": True},
     "trl_lora": {**SAME_TOKENS, "per_device_train_batch_size": 1},
-    "trl_flash": {
-        **SAME_TOKENS, "padding_free": True, "max_length": None, "per_device_train_batch_size": 32,
-        "attn_implementation": "flash_attention_2",
-    },
-}  # fmt: skip
-TRL["trl_liger"] = {**TRL["trl_flash"], "use_liger_kernel": True}
-TRL["trl_long"] = {**TRL["trl_liger"], "per_device_train_batch_size": 64}
+}
 LORA = {"rank": 16, "alpha": 16}  # on all linear layers but the output layer, on both sides
 OURS = {"ours": [], "ours_lora": [f"model.lora.{name}={value}" for name, value in LORA.items()]}
-OURS["ours_compile"] = ["model.compile=true"]
-OURS["ours_long"] = [*OURS["ours_compile"], "train.max_tokens_per_micro_batch=16384"]
-ON_GPU = ("ours_compile", "ours_long", "trl_flash", "trl_liger", "trl_long")  # TRL's need flash-attn, and liger-kernel
+# On a GPU: 126 conversations a step are about 23,600 tokens, in 6, 3 or 2 rows.
+FLASH = {**SAME_TOKENS, "padding_free": True, "max_length": None, "attn_implementation": "flash_attention_2"}
+OURS_ON_GPU, TRL_ON_GPU = {}, {"trl_flash_8192": {**FLASH, "per_device_train_batch_size": 42}}
+for row, conversations in ((4096, 21), (8192, 42), (16384, 63)):
+    for compiled in (False, True):
+        name = f"ours_{row}" + "_compiled" * compiled
+        OURS_ON_GPU[name] = [f"train.max_tokens_per_micro_batch={row}", f"model.compile={compiled}"]
+    TRL_ON_GPU[f"trl_liger_{row}"] = {**FLASH, "per_device_train_batch_size": conversations, "use_liger_kernel": True}
 
 
 def sizes(device: str) -> dict:
@@ -58,7 +59,7 @@ def sizes(device: str) -> dict:
         return {"shape": shape, "dtype": "float32", "batch": 8, "steps": 16, "micro_batch": 8, "row": 8192}
     shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
     shape |= {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 4096}
-    return {"shape": shape, "dtype": "bfloat16", "batch": 128, "steps": 20, "micro_batch": 16, "row": 4096}
+    return {"shape": shape, "dtype": "bfloat16", "batch": 126, "steps": 20, "micro_batch": 18, "row": 8192}
 
 
 def main():
@@ -66,26 +67,35 @@ def main():
         return worker(sys.argv[2], Path(sys.argv[3]))
     import torch
 
-    settings = [name for name in [*OURS, *TRL] if torch.cuda.is_available() or name not in ON_GPU]
+    on_gpu = torch.cuda.is_available()
+    settings = [*OURS_ON_GPU, *TRL_ON_GPU] if on_gpu else [*OURS, *TRL]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="*", default=settings, help=f"of {', '.join(settings)}; none: all")
     parser.add_argument("--rounds", type=int, default=2, help="how often each setting is run (2)")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no run later than this")
     parser.add_argument("--trl-python", help="a Python that has TRL; none: bench/.venv is made")
-    parser.add_argument("--folder", type=Path, default=ROOT / "results/bench", help="for model and data")
+    parser.add_argument("--folder", type=Path, default=ROOT / "results/bench", help="for model, data and results")
+    parser.add_argument("--data-only", action="store_true", help="make the data of the GPU's work, without a GPU")
     options = parser.parse_args()
-    if unknown := {*options.settings} - {*settings}:
+    if unknown := {*options.settings} - {*OURS, *TRL, *OURS_ON_GPU, *TRL_ON_GPU}:
         parser.error(f"there is no setting {', '.join(sorted(unknown))}; there are {', '.join(settings)}")
-    trl_python = options.trl_python or (make_environment() if {*options.settings} & {*TRL} else None)
-    print(f"making model and data in {options.folder}", flush=True)
-    prepare(options.folder)
-    results = {name: [] for name in ["products", *options.settings]}
+    began = time.monotonic()
+    prepare(options.folder, sizes("cuda" if on_gpu or options.data_only else "cpu"), options.data_only)
+    if options.data_only:
+        return
+    names = ["products", *options.settings]
+    trl = [name for name in names if name.startswith("trl")]
+    trl_python = options.trl_python or (make_environment() if trl else None)
+    files = {name: [options.folder / f"{name}.{turn}.json" for turn in range(options.rounds)] for name in names}
     for turn in range(options.rounds):
-        for name in results:
-            print(f"round {turn + 1} of {options.rounds}: {name}", end=" ", flush=True)
-            results[name].append(run_worker(sys.executable if name not in TRL else trl_python, name, options.folder))
-            print(json.dumps(results[name][-1]), flush=True)
-    print(f"\n{table(results)}\n\n{machine()}")
-    (options.folder / "results.json").write_text(json.dumps(results, indent=1))
+        for name in names:
+            if not files[name][turn].exists() and time.monotonic() - began < options.seconds:
+                print(f"round {turn + 1} of {options.rounds}: {name}", end=" ", flush=True)
+                said = run_worker(trl_python if name in trl else sys.executable, name, options.folder)
+                files[name][turn].write_text(said)
+                print(said, flush=True)
+    results = {name: [json.loads(file.read_text()) for file in files[name] if file.exists()] for name in names}
+    print(f"\n{table({name: runs for name, runs in results.items() if runs})}\n\n{machine()}")
 
 
 def make_environment() -> str:
@@ -99,43 +109,74 @@ def make_environment() -> str:
     return str(python)
 
 
-def prepare(folder: Path):
-    """model/ (random weights and a tokenizer) and train.jsonl, of as many conversations as the steps need."""
+def prepare(folder: Path, work: dict, data_only: bool):
+    """model/ (random weights and a tokenizer) and train.jsonl, of as many conversations as the steps need; what is
+    there already stays."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    sys.path.insert(0, str(ROOT))
-    import data
-
-    work = sizes("cuda" if torch.cuda.is_available() else "cpu")
     folder.mkdir(parents=True, exist_ok=True)
-    rows = data.Squad().formatted_ds["train"]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=16384, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    if not (folder / "validation.jsonl").exists():
+        print(f"making the data in {folder}", flush=True)
+        sys.path.insert(0, str(ROOT))
+        import data
+
+        rows = data.Squad().formatted_ds["train"]
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+        trainer = trainers.BpeTrainer(
+            vocab_size=16384, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        )
+        tokenizer.train_from_iterator((m["content"] for row in rows for m in row["messages"]), trainer)
+        names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+        tokenizer.chat_template = CHAT_TEMPLATE
+        tokenizer.save_pretrained(folder / "model")
+        ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+        LlamaConfig(**work["shape"], **ids).save_pretrained(folder / "model")
+        chosen = rows.shuffle(seed=0).select(range(work["batch"] * (WARM_UP + work["steps"])))
+        for name, part in (("train", chosen), ("validation", rows.select(range(8)))):
+            with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
+                file.writelines(json.dumps({"messages": row["messages"]}) + "\n" for row in part)
+    if not (data_only or [*folder.glob("model/*.safetensors")]):
+        print("making the weights", flush=True)
+        torch.manual_seed(0)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = LlamaForCausalLM(LlamaConfig.from_pretrained(folder / "model"))
+        model.save_pretrained(folder / "model")
+
+
+def flash_attn_of_torch(folder: Path):
+    """Where flash-attn is not installed: a package of its name that calls the flash attention that torch brings."""
+    package, info = folder / "site/flash_attn", folder / "site/flash_attn-2.8.3.dist-info"
+    for made in (package, info):
+        made.mkdir(parents=True, exist_ok=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: flash-attn\nVersion: 2.8.3\n")
+    (info / "top_level.txt").write_text("flash_attn\n")
+    (package / "bert_padding.py").write_text("def pad_input():\n    pass\n\n\nunpad_input = pad_input\n")
+    (package / "__init__.py").write_text(
+        "from torch.nn.attention.varlen import varlen_attn\n\n\n"
+        "def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,\n"
+        "                           softmax_scale=None, causal=False, **_):\n"
+        "    assert causal and not dropout_p\n"
+        "    longest = int(max_seqlen_q), int(max_seqlen_k)\n"
+        "    return varlen_attn(q, k, v, cu_seqlens_q, cu_seqlens_k, *longest, scale=softmax_scale, "
+        "window_size=(-1, 0))\n\n\n"
+        "def flash_attn_func(*_, **__):\n    raise NotImplementedError\n\n\n"
+        "flash_attn_with_kvcache = flash_attn_func\n"
     )
-    tokenizer.train_from_iterator((m["content"] for row in rows for m in row["messages"]), trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(folder / "model")
-    torch.manual_seed(0)
-    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    LlamaForCausalLM(LlamaConfig(**work["shape"], **ids)).save_pretrained(folder / "model")
-    chosen = rows.shuffle(seed=0).select(range(work["batch"] * (WARM_UP + work["steps"])))
-    for name, part in (("train", chosen), ("validation", rows.select(range(8)))):
-        with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"messages": row["messages"]}) + "\n" for row in part)
+    sys.path.insert(0, str(folder / "site"))
 
 
-def run_worker(python: str, name: str, folder: Path) -> dict:
+def run_worker(python: str, name: str, folder: Path) -> str:
     command = [python, str(HERE / "bench.py"), "worker", name, str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout.splitlines()[-1]
 
 
 def table(results: dict) -> str:
@@ -226,7 +267,7 @@ def worker(name: str, folder: Path):
     if name == "products":
         report = products(work, folder, device)
     else:
-        report = (train_ours if name in OURS else train_trl)(name, work, folder, device)
+        report = (train_ours if name.startswith("ours") else train_trl)(name, work, folder, device)
     print(json.dumps({key: round(value, 3) for key, value in report.items()}), flush=True)
     os._exit(0)
 
@@ -238,6 +279,7 @@ def the_data(folder: Path) -> list[str]:
 def train_ours(name, work, folder, device) -> dict:
     import shutil
 
+    overrides = sys.argv[4:]
     sys.path.insert(0, str(ROOT))
     import train_sft
 
@@ -253,27 +295,30 @@ def train_ours(name, work, folder, device) -> dict:
         pass
 
     train_sft.packing.collate = counting
-    train_sft.checkpoint.CheckpointWriter.save = train_sft.checkpoint.make_model_folder = save_nothing
+    train_sft.checkpoint.CheckpointWriter.save = train_sft.end_run = save_nothing
     shutil.rmtree(folder / "run", ignore_errors=True)
     sys.argv = [
         "train_sft.py", "configs/squad.yaml", f"output_dir={folder}/run", f"model.name={folder}/model",
         *the_data(folder), "train.max_epochs=2", f"model.dtype={work['dtype']}",
         f"train.global_batch_size={work['batch']}",
         f"train.max_tokens_per_micro_batch={work['row']}", f"train.max_steps={WARM_UP + work['steps']}",
-        "validation.every=null", "checkpoint.every=null", "logger.tensorboard.enabled=false", *OURS[name],
+        "validation.every=null", "checkpoint.every=null", "logger.tensorboard.enabled=false",
+        *(OURS | OURS_ON_GPU)[name], *overrides,
     ]  # fmt: skip
     train_sft.main()
     return meter.report()
 
 
 def train_trl(name, work, folder, device) -> dict:
+    options = {"per_device_train_batch_size": work["micro_batch"], **(TRL | TRL_ON_GPU)[name]}
+    kernel = options.pop("attn_implementation", None)  # None: the model's default
+    if kernel and importlib.util.find_spec("flash_attn") is None:
+        flash_attn_of_torch(folder)
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
     meter = Meter(device == "cuda")
-    options = {"per_device_train_batch_size": work["micro_batch"], **TRL[name]}
-    kernel = options.pop("attn_implementation", None)  # None: the model's default
     if options.get("packing"):  # a packed row of 1,024 tokens holds about five conversations
         rows = math.ceil(work["batch"] / 5)
         options["per_device_train_batch_size"] = min(rows, 4)
