@@ -242,8 +242,12 @@ def state_of(model, optimizer) -> dict[str, torch.Tensor]:
     state = {f"model.{name}": tensor.detach() for name, tensor in kept.items()}
     for name, p in trained.items():
         if p not in optimizer.state:
-            optimizer.state[p] = adam_state(p)
-        state |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[p].items()}
+            if hasattr(optimizer, "init_state"):  # bitsandbytes
+                optimizer.init_state(optimizer.param_groups[0], p, 0, 0)
+            else:
+                optimizer.state[p] = adam_state(p)
+        tensors = {key: value for key, value in optimizer.state[p].items() if torch.is_tensor(value)}
+        state |= {f"optimizer.{name}.{key}": value for key, value in tensors.items() if not key.startswith("qmap")}
     return state
 
 
@@ -341,6 +345,9 @@ def load(folder: Path, model, optimizer, base: str | None = None):
     if (trained_on := read_info(folder).get("base")) != base:
         raise ValueError(f"{folder} adapts the commit {trained_on}, not {base}: set model.revision={trained_on}")
     read_state(folder, state_of(model, optimizer), no_dist=not dist.is_initialized())
+    for state in optimizer.state.values():
+        if isinstance(state["step"], int):  # bitsandbytes
+            state["step"] = step_of(folder)
 
 
 def read_parameters(folder: Path, meta_model=None) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import difflib
 import functools
+import importlib.util
 import json
 import os
 import re
@@ -26,7 +27,9 @@ class Lora:
     alpha: float = key(16.0, "the adapter is scaled by alpha / rank", 1e-9)
     dropout: float = key(0.0, "dropout before the adapter", 0)
     targets: Literal["all-linear"] | list[str] = key("all-linear", "all-linear: all but the output layer")
-    base: Literal["bfloat16", "float32"] | None = key(None, "dtype of the frozen parameters; null: model.dtype")
+    base: Literal["bfloat16", "float32", "nf4"] | None = key(
+        None, "dtype of the frozen parameters; nf4: 4 bits, needs bitsandbytes; null: model.dtype"
+    )
     train_embeddings: bool = key(False, "also train the input embedding and the output layer, fully")
     merge: bool = key(False, "true: model/ is a plain model with the adapter added; false: a PEFT adapter")
 
@@ -38,7 +41,7 @@ class Model:
     revision: str | None = key(None, "branch, tag or commit on the Hub")
     dtype: Literal["bfloat16", "float32"] = key("bfloat16", "of forward and backward; parameters are float32")
     attention: Literal["auto", "varlen", "sdpa", "eager"] = key("auto", "auto: varlen on GPUs, else sdpa")
-    compile: bool = key(False, "torch.compile each block")
+    compile: bool | None = key(None, "torch.compile each block; null: with attention varlen, on a GPU")
     activation_checkpointing: bool = key(False, "recompute activations in the backward pass: less memory, slower")
     lora: Lora = field(default_factory=Lora)
 
@@ -70,6 +73,7 @@ class Train:
     max_tokens_per_micro_batch: int = key(8192, "how much a rank computes at once; never changes the result", 1)
     max_epochs: int | None = key(1, "passes over the training split; null: as many as max_steps need", 1)
     max_steps: int | None = key(60, "null: as many as the epochs have", 1)
+    optimizer: Literal["adamw", "adamw_8bit"] = key("adamw", "adamw_8bit: moments in 8 bits, needs bitsandbytes")
     learning_rate: float = key(5.0e-6, "the peak, reached after warmup_steps", 0)
     schedule: Literal["constant", "linear", "cosine"] = key("constant", "after warmup_steps")
     warmup_steps: int = key(0, "steps of linear warmup", 0)
@@ -325,6 +329,14 @@ def check(config: Config):
         raise ValueError("model.lora.rank > 0 needs trained parameters below it: set model.from_scratch=false")
     if config.parallel.strategy != "fsdp" and (config.parallel.replicas > 1 or config.parallel.cpu_offload):
         raise ValueError("parallel.replicas > 1 and parallel.cpu_offload need parallel.strategy=fsdp")
+    eight_bits = {"model.lora.base=nf4": config.model.lora.base == "nf4"}
+    eight_bits["train.optimizer=adamw_8bit"] = config.train.optimizer == "adamw_8bit"
+    for setting in [setting for setting, is_set in eight_bits.items() if is_set]:
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError(f"{setting} needs `pip install bitsandbytes`")
+        if config.parallel.strategy == "fsdp":
+            raise ValueError(f"{setting} cannot be sharded: set parallel.strategy=ddp")
+        config.parallel.strategy = "ddp"
     if isinstance(config.data.dataset, list):
         if not any(entry.get("weight", 1) for entry in config.data.dataset):
             raise ValueError("data.dataset: no entry has a weight above 0, so there is nothing to train on")

@@ -60,6 +60,16 @@ def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
+def start_copy(tensor: torch.Tensor):
+    """Copy a tensor to the host while the GPU goes on. Returns a function that waits for the copy and for nothing that
+    the GPU is given to do after it; the function returns the values as a list."""
+    copy = tensor.to("cpu", non_blocking=True)
+    if not tensor.is_cuda:
+        return copy.tolist
+    arrived = torch.cuda.current_stream().record_event()
+    return lambda: arrived.synchronize() or copy.tolist()
+
+
 def broadcast_object(value):
     """Rank 0's value, on all ranks."""
     values = [value]

@@ -1,6 +1,7 @@
 """LoRA: trained matrices of low rank beside frozen parameters; adapters in PEFT's format."""
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -20,7 +21,16 @@ PEFT_KEYS = (
 )  # fmt: skip
 
 
-class LoraLinear(torch.nn.Linear):
+class FrozenLinear(torch.nn.Linear):
+    """A linear layer whose weight is not trained; `quantize` has it hold the weight in 4 bits."""
+
+    product = None
+
+    def forward(self, x):  # (..., in_features)
+        return self.product(x, self.weight.t(), bias=self.bias) if self.product else super().forward(x)
+
+
+class LoraLinear(FrozenLinear):
     """A linear layer whose weight is frozen, plus a trained product of low rank: `x W' + scale dropout(x) A' B'`.
     lora_A (rank, in_features), lora_B (out_features, rank), zero at first; float32. https://arxiv.org/abs/2106.09685"""
 
@@ -104,6 +114,26 @@ def add_adapter(model, adapter: dict):
     for layer in embeddings(model).values() if names else ():
         layer.float().requires_grad_(True)
     model.adapter_config = adapter
+
+
+def quantize(model, device: torch.device):
+    """Have all frozen linear layers hold their weights on the device in NF4, 4 bits each with a scale for 64 of them,
+    itself in 8 bits; the products are in the dtype of their inputs (QLoRA: https://arxiv.org/abs/2305.14314)."""
+    from bitsandbytes import functional, matmul_4bit
+
+    for name, module in linear_layers(model).items():
+        linear = FrozenLinear(module.in_features, module.out_features, module.bias is not None, device="meta")
+        linear.weight, linear.bias = module.weight, module.bias
+        model.set_submodule(name, linear)
+    for layer in [module for module in model.modules() if isinstance(module, FrozenLinear)]:
+        weight, state = functional.quantize_4bit(layer.weight.to(device), quant_type="nf4", compress_statistics=True)
+        layer.product = functools.partial(matmul_4bit, quant_state=state)
+        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+
+def count(p: torch.nn.Parameter) -> int:
+    """Return how many weights a parameter holds: in NF4, two in a byte."""
+    return p.numel() * (2 if p.dtype == torch.uint8 else 1)
 
 
 def merge_adapter(model):

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -53,13 +54,18 @@ def load_model(model_cfg, device: torch.device, meta: bool = False, rows: int = 
     folder = Path(model_cfg.name)
     if is_adapter := (folder / "adapter_config.json").is_file():
         model_cfg = lora.settings_of(model_cfg)
+    if model_cfg.lora.base and not model_cfg.lora.rank:
+        raise ValueError(f"model.lora.base = {model_cfg.lora.base} needs model.lora.rank of at least 1")
     name, revision = model_cfg.name, model_cfg.revision
     hf_config = open_native(AutoConfig, name, revision)
     if Path(name, "generation_config.json").is_file():
         GenerationConfig.from_pretrained(name)  # from_pretrained of a model ignores one that is no JSON
     kernel = attention.choose(model_cfg.attention, model_cfg.dtype, model_class(name, hf_config), device)
     # Trained parameters are float32. Those below an adapter are frozen, in the dtype of the run or model.lora.base.
-    dtype = getattr(torch, model_cfg.lora.base or model_cfg.dtype) if model_cfg.lora.rank else torch.float32
+    base = {"nf4": "bfloat16", None: model_cfg.dtype}.get(
+        model_cfg.lora.base, model_cfg.lora.base
+    )  # See `parallelize`.
+    dtype = getattr(torch, base) if model_cfg.lora.rank else torch.float32
     options = {"dtype": dtype, "attn_implementation": kernel}
     if model_cfg.from_scratch or meta:
         with opening(name), torch.device("meta" if meta else "cpu"):
@@ -273,16 +279,26 @@ def parallelize(model, cfg, strategy: str, world_size: int, device: torch.device
         for (_, tensor), dtype in zip(tensors, dtypes, strict=True):
             tensor.data = tensor.data.to(dtype)
     else:
+        if cfg.model.lora.base == "nf4" and hasattr(model, "adapter_config"):
+            lora.quantize(model, device)
         plain_head = has_plain_head(model.to(device))
     loss = PackedLoss(model, plain_head, cp_group)
-    if cfg.model.compile:
+    compiles = cfg.model.compile
+    if compiles is None:
+        compiles = device.type == "cuda" and model.config._attn_implementation == "per_document_varlen"
+    if compiles:
         # Blocks share their code; beyond the limit dynamo would silently run those that differ uncompiled.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         # torch's cache on disk ignores the processor: code compiled for AVX-512 would compute wrong numbers on AVX2.
         torch.compiler.config.cache_key_tag = torch.backends.cpu.get_cpu_capability()
-        # The last block, which skips positions, does not fit the graph that the others share.
-        for block in blocks(model)[: -1 if loss.skips_positions else None]:
-            block.compile(dynamic=True)
+        modules = [*blocks(model)]
+        if (
+            loss.skips_positions
+        ):  # The last block does not fit the graph that the others share: its parts get their own.
+            modules += [part for part in modules.pop().children() if "forward" not in vars(part)]
+        for module in modules:
+            module.compile(dynamic=True)
+        model.add_gradients = torch.compile(torch._foreach_add_)  # Which reads two dtypes faster.
     if strategy == "fsdp":
         shard(model, cfg, world_size, device)
         # The loss does not go through model.forward: have FSDP gather the parameters outside the blocks there too.
@@ -338,40 +354,44 @@ def cast_params(model, dtype: torch.dtype):
     """Within it the model computes with copies of its parameters in `dtype`, made once, while gradients go to the
     parameters themselves, which stay float32. FSDP does the same by itself, a block at a time; so both use the same
     precision. (Autocast would keep the sums between blocks in float32, and cast the inputs of each product.)"""
-    copies = {
-        name: Cast.apply(p, dtype)
-        for name, p in model.named_parameters()
-        if p.is_floating_point() and p.dtype != dtype and not isinstance(p, DTensor)
-    }
+    groups, copies, add = {}, {}, getattr(model, "add_gradients", torch._foreach_add_)
+    for name, p in model.named_parameters():
+        if p.is_floating_point() and p.dtype != dtype and not isinstance(p, DTensor):
+            block = re.match(r".*?\.\d+\.", name)  # "model.layers.3."
+            groups.setdefault((block.group() if block else name, p.requires_grad), []).append((name, p))
+    for group in groups.values():
+        names, parameters = zip(*group, strict=True)
+        copies |= zip(names, Cast.apply(dtype, add, *parameters), strict=True)
     with _reparametrize_module(model, copies, tie_weights=True):
         yield
 
 
 class Cast(torch.autograd.Function):
-    """A parameter in another dtype. Its gradient is added to the parameter's own as it is: autograd would first convert
-    it to float32, and so read and write nearly twice as much memory. (DDP's hook runs even so, but hooks on the
-    parameter's gradient see only the first row's.)"""
+    """The parameters of a block in another dtype. Their gradients are added to the parameters' own as they are: autograd
+    would first convert them to float32, and so read and write nearly twice as much memory. (DDP's hook runs even so, but
+    hooks on a parameter's gradient see only the first row's.)"""
 
     @staticmethod
-    def forward(ctx, p, dtype: torch.dtype):
-        ctx.p = p
-        return p.to(dtype)
+    def forward(ctx, dtype: torch.dtype, add, *parameters):
+        ctx.set_materialize_grads(False)
+        ctx.add, ctx.parameters = add, parameters
+        return tuple(p.to(dtype) for p in parameters)
 
     @staticmethod
-    def backward(ctx, gradient):
-        if ctx.p.grad is None:
-            return gradient.to(ctx.p.dtype), None
-        ctx.p.grad.add_(gradient)
-        return None, None
+    def backward(ctx, *gradients):
+        pairs = [*zip(ctx.parameters, gradients, strict=True)]
+        if more := [(p.grad, g) for p, g in pairs if g is not None and p.grad is not None]:
+            ctx.add(*map(list, zip(*more, strict=True)))
+        return None, None, *(g.to(p.dtype) if g is not None and p.grad is None else None for p, g in pairs)
 
 
 # ---- loss ------------------------------------------------------------------------------------------------------------
 
 
 class PackedLoss(torch.nn.Module):
-    """Called with a packed row (`packing.collate`): the sum of its token losses, a float32 scalar. The output layer
-    runs only where a trained token is predicted. A row with none gives a zero that still has a gradient for each
-    parameter. `plain_head`: see `has_plain_head`; `cp_group`: the ranks that share the row, each with a part of it."""
+    """Called with a packed row (`packing.collate`): `scale` times the sum of its token losses, a float32 scalar, which
+    must be differentiated itself (see `HeadLoss`). The output layer runs only where a trained token is predicted. A row
+    with none gives a zero that still has a gradient for each parameter. `plain_head`: see `has_plain_head`; `cp_group`: the ranks that share the row, each with a part of it."""
 
     def __init__(self, model, plain_head: bool, cp_group=None):
         super().__init__()
@@ -388,7 +408,7 @@ class PackedLoss(torch.nn.Module):
                     module.forward = functools.partial(self.at_loss_positions, module.forward)
                     self.skips_positions = True
 
-    def forward(self, batch: dict) -> torch.Tensor:
+    def forward(self, batch: dict, scale: float = 1.0) -> torch.Tensor:
         inputs = {name: batch[name] for name in ("input_ids", "position_ids", "documents")} | self.cp
         loss_positions, targets = batch["loss_positions"], batch["targets"]  # (trained,)
         if self.plain_head:
@@ -396,11 +416,11 @@ class PackedLoss(torch.nn.Module):
             hidden = self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state[0]  # (tokens, hidden)
             self.loss_positions = None
             weight = self.model.get_output_embeddings().weight
-            return HeadLoss.apply(hidden[loss_positions], weight, targets, torch.is_grad_enabled())
+            return HeadLoss.apply(hidden[loss_positions], weight, targets, scale, torch.is_grad_enabled())
         logits = self.model(**inputs, use_cache=False, logits_to_keep=loss_positions).logits[0]
         if len(logits) != len(loss_positions):  # The model does not know logits_to_keep.
             logits = logits[loss_positions]  # (trained, vocabulary)
-        return F.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=IGNORE_INDEX)
+        return scale * F.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=IGNORE_INDEX)
 
     def at_loss_positions(self, forward, x):
         """`forward` of x, (1, tokens, hidden), where a trained token is predicted; elsewhere zero."""
@@ -411,15 +431,16 @@ class PackedLoss(torch.nn.Module):
 
 
 class HeadLoss(torch.autograd.Function):
-    """Sum of the cross entropies of `hidden @ weight.T`: hidden (positions, hidden), weight (vocabulary, hidden),
-    targets (positions,) int64, where -100 is ignored. It takes positions in chunks, and each chunk's gradient while it
+    """`scale` times the sum of the cross entropies of `hidden @ weight.T`: hidden (positions, hidden), weight
+    (vocabulary, hidden), targets (positions,) int64, where -100 is ignored. The backward pass begins with it: its own
+    gradient is taken to be one, since to multiply by it costs as much as an eighth of all. It takes positions in chunks, and each chunk's gradient while it
     has the logits, so that no more than LOGITS of them exist at once (as Liger's fused linear cross entropy: Hsu et
     al., 2024, https://arxiv.org/abs/2410.10989)."""
 
     LOGITS = 2**27  # At once: 512 MiB in float32.
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, with_gradient: bool):
+    def forward(ctx, hidden, weight, targets, scale: float, with_gradient: bool):
         h, w = hidden.to(weight.dtype), weight
         needs_hidden, needs_weight = (with_gradient and needed for needed in ctx.needs_input_grad[:2])
         grad_hidden, grad_weight = torch.empty_like(h) if needs_hidden else None, None
@@ -428,14 +449,14 @@ class HeadLoss(torch.autograd.Function):
         for start in range(0, len(h), size):
             chunk = slice(start, start + size)
             log_p = (h[chunk] @ w.T).float().log_softmax(1)  # (chunk, vocabulary)
-            counted = (targets[chunk] != IGNORE_INDEX)[:, None]  # (chunk, 1)
+            counted = scale * (targets[chunk] != IGNORE_INDEX)[:, None].float()  # (chunk, 1)
             index = targets[chunk, None].clamp(min=0)
             loss -= (log_p.gather(1, index) * counted).sum()
             if not (needs_hidden or needs_weight):
                 continue
             # The gradient of the logits: softmax minus one at the target.
             gradient = log_p.exp_().scatter_add_(1, index, -torch.ones_like(index, dtype=log_p.dtype))
-            gradient = gradient.to(w.dtype).mul_(counted)
+            gradient = gradient.mul_(counted).to(w.dtype)
             if needs_hidden:
                 torch.mm(gradient, w, out=grad_hidden[chunk])
             if needs_weight:
@@ -446,9 +467,10 @@ class HeadLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, scale):
+    def backward(ctx, one):
+        torch._assert_async(one == 1, "HeadLoss: give PackedLoss the scale, and differentiate what it returns")
         gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if g is None else g.mul_(scale).to(dtype) for g, dtype in gradients), None, None
+        return *(None if g is None else g.to(dtype) for g, dtype in gradients), None, None, None
 
 
 @torch.no_grad()
@@ -477,7 +499,8 @@ def is_pointwise(module, model) -> bool:
         return False
     width = getattr(module, "in_features", model.config.get_text_config().hidden_size)
     try:
-        output = module(torch.zeros(1, 3, width, device=model.device, dtype=next(module.parameters()).dtype))
+        dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
+        output = module(torch.zeros(1, 3, width, device=model.device, dtype=dtype))
     except Exception:  # It takes more than one argument.
         return False
     return isinstance(output, torch.Tensor) and output.shape[:2] == (1, 3)

@@ -133,26 +133,35 @@ def cp_slice(tokens: int, cp_rank: int, cp_size: int) -> slice:
     return slice(tokens * cp_rank // cp_size, tokens * (cp_rank + 1) // cp_size)
 
 
-def collate(examples, row: list[int], device="cpu", cp_rank: int = 0, cp_size: int = 1) -> dict:
+def collate(
+    examples, row: list[int], device="cpu", cp_rank: int = 0, cp_size: int = 1, multiple: int = 1
+) -> dict:  # fmt: skip
     """A packed row as tensors: its documents one after the other, each up to where its last trained token is predicted.
 
     Returns input_ids and position_ids, (1, tokens) int64, where positions start at 0 in each document; documents, a
     `Documents`; loss_positions, (trained,) int64, the places in the row where a trained token is predicted; targets,
     (trained,) int64, those tokens. A row without documents is one token with one target of -100. If `cp_size` ranks
-    share the row, all but `documents` is this rank's slice of it."""
+    share the row, all but `documents` is this rank's slice of it. With `multiple`, a document of padding makes the
+    tokens a multiple of it, and targets of -100 there make the targets a multiple of 64."""
     documents = []
     for input_ids, labels in (examples[i] for i in row):
         predicted = np.append(labels[1:], IGNORE_INDEX)  # (tokens,): the label of the next token
         end = np.flatnonzero(predicted != IGNORE_INDEX)[-1] + 1
         documents.append((input_ids[:end], predicted[:end]))
-    padding = max(0, cp_size - sum(len(ids) for ids, _ in documents))  # Each rank needs at least one token.
-    documents += [(np.zeros(1, dtype=np.int32), np.array([IGNORE_INDEX]))] * padding
+    tokens = sum(len(ids) for ids, _ in documents)
+    padding = (
+        max(0, cp_size - tokens) if multiple == 1 else multiple - tokens % multiple
+    )  # A rank has one token or more.
+    if padding:
+        documents.append((np.zeros(padding, dtype=np.int32), np.full(padding, IGNORE_INDEX)))
     ends = np.cumsum([len(ids) for ids, _ in documents]).tolist()
     mine = cp_slice(ends[-1], cp_rank, cp_size)
     predicted = np.concatenate([predicted for _, predicted in documents])[mine]
     loss_positions = np.flatnonzero(predicted != IGNORE_INDEX)
     if not len(loss_positions):
         loss_positions = np.zeros(1, dtype=np.int64)
+    if multiple > 1 and cp_size == 1:
+        loss_positions = np.append(loss_positions, np.full(-len(loss_positions) % 64, ends[-1] - 1))
 
     def tensor(array, dtype=torch.int64):
         result = torch.from_numpy(np.asarray(array)).to(dtype)

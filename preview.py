@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import checkpoint
 import config
+import lora
 import packing
 from data import load_mixture, splits_of
 from model import HeadLoss, PackedLoss, blocks, cast_params, check_model, choose_strategy, load_model, notes_of
@@ -227,12 +228,19 @@ def memory(cfg, tokenizer, gpu_gib: float | None, longest: int, report: dict) ->
             copies = sum(p.nbytes for p in {*model.parameters()} - {*params})
             activations = saved_bytes(model, tokens, trained_tokens, longest or tokens)
         # HeadLoss: a chunk's logits and their logarithms in float32, and the gradient of the output layer in `dtype`.
+        saved_by_nf4 = 0
+        if cfg.model.lora.base == "nf4":  # A byte holds two weights, and another byte is the scale of 64.
+            linear = [*lora.linear_layers(model).values()] + [
+                m for m in model.modules() if isinstance(m, lora.LoraLinear)
+            ]
+            saved_by_nf4 = sum(layer.weight.nbytes - layer.weight.numel() * (1 / 2 + 1 / 64) for layer in linear)
+            copies += max(layer.weight.nbytes for layer in linear)  # One at a time, for its products.
         loss_gradient = 8 * min(trained_tokens * len(head), HeadLoss.LOGITS)
         loss_gradient += dtype.itemsize * head.numel() if head.requires_grad else 0
         parts = {
-            "weights": sum(p.nbytes for p in params),
+            "weights": sum(p.nbytes for p in params) - saved_by_nf4,
             "gradients": sum(p.nbytes for p in trained),
-            "optimizer": sum(state.nbytes for p in trained for state in checkpoint.adam_state(p).values()),
+            "optimizer": sum(optimizer_bytes(p, cfg.train.optimizer) for p in trained),
             "copies": copies,
             "activations": activations,
             "loss_gradient": loss_gradient,
@@ -251,6 +259,12 @@ def memory(cfg, tokenizer, gpu_gib: float | None, longest: int, report: dict) ->
         "total_gib": round(sum(parts.values()) / GIB, 2),
         "gpu_gib": round(0.9 * gpu_gib, 1),
     }
+
+
+def optimizer_bytes(p, optimizer: str) -> int:
+    """Bytes of a parameter's two moments. In 8 bits each 256 have a scale; small parameters' stay float32."""
+    count = p.numel()
+    return 8 * count + 4 if optimizer == "adamw" or count < 4096 else 2 * count + 8 * math.ceil(count / 256)
 
 
 def fsdp_copies(model, dtype: torch.dtype) -> int:

@@ -12,6 +12,8 @@ import torch
 import yaml
 from tqdm import tqdm
 
+from lora import count
+
 
 class Tracker:
     """Used on rank 0. `config`: the resolved configuration. `start`: the step that the run resumes from; the metrics of
@@ -130,7 +132,7 @@ class Meter:
 
         def flops(p) -> float:  # forward and backward passes, per token; of fused experts (3-D) a token needs only some
             used = experts / len(p) if experts and p.ndim == 3 else 1
-            return p.numel() * used * (6 if p.requires_grad else 4)
+            return count(p) * used * (6 if p.requires_grad else 4)
 
         self.flops = sum(flops(p) for p in model.parameters() if p is not head and p is not embedding)
         self.head_flops = flops(head)  # only trained tokens need the output layer

@@ -27,6 +27,7 @@ import evaluate
 import packing
 import tokens
 from export import meta_model, repair_generation, try_export
+from lora import count
 from model import cast_params, check_model, choose_strategy, load_model, notes_of, parallelize, take_device
 from tracking import Meter, Tracker
 
@@ -103,7 +104,11 @@ def train(
     my_rows = functools.partial(
         packing.rank_rows, rank=rank, world_size=world_size, cp_size=cp_size, max_tokens=max_tokens
     )
-    collate = functools.partial(packing.collate, device=device, cp_rank=rank % cp_size, cp_size=cp_size)
+    # For each new length of a row a GPU's library takes milliseconds to choose its kernels, so there are few lengths.
+    multiple = 128 if can_pack and device.type == "cuda" else 1
+    collate = functools.partial(
+        packing.collate, device=device, cp_rank=rank % cp_size, cp_size=cp_size, multiple=multiple
+    )
 
     # ---- what the run writes ----
     repaired = repair_generation(model.generation_config)
@@ -117,7 +122,7 @@ def train(
             print(f"generation_config.json of {cfg.model.name}: {note}")
         if not resume_from:
             try_export(meta, tokenizer, dataset.stop_ids, output_dir)
-        total, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
+        total, trained = sum(map(count, model.parameters())), model.num_parameters(only_trainable=True)
         print(f"{total:,} parameters, {trained:,} trainable, {strategy} over {world_size} rank(s) on {device.type}")
         tracker = Tracker(output_dir, config.to_dict(cfg), start, steps)
         meter = Meter(model, device, dtype, world_size)
@@ -153,17 +158,19 @@ def train(
         norm = clip_grad_norm(model, cfg.train.clip_grad_norm)
 
         stop = stop_signals[0] if stop_signals else stop_reason(cfg, started, 2 * slowest + writer.seconds)
-        sums = torch.stack([losses.sum(), losses.new_tensor(float(stop is not None))])
-        # The loop waits for the GPU here, once per step.
-        loss, ranks_stopping = distributed.all_reduce_sum(sums).tolist()
-        loss, grad_norm = loss / trained_tokens, float(norm)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {grad_norm}; {checkpoint.LOWER_RATE}")
+        sums = distributed.all_reduce_sum(torch.stack([losses.sum(), losses.new_tensor(float(stop is not None))]))
+        values = distributed.start_copy(torch.cat([sums, norm[None].to(sums.device)]))
         rate = learning_rate(cfg.train, step, steps)
         for parameters in optimizer.param_groups:
             parameters["lr"] = rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        # The loop waits for the GPU here, once per step, while the optimizer's kernels run: so it has the next step's
+        # first kernels ready when they end. Where it fails here, nothing more is saved.
+        loss, ranks_stopping, grad_norm = values()
+        loss /= world_size
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {grad_norm}; {checkpoint.LOWER_RATE}")
 
         if tracker:
             metrics = {"train/loss": loss, "train/grad_norm": grad_norm, "train/learning_rate": rate}
@@ -363,28 +370,33 @@ def memory_advice(cfg, dataset: Data | None) -> str:
     return f"out of memory with train.max_tokens_per_micro_batch = {limit}: {rows}; try {', '.join(helps)}"
 
 
-def make_optimizer(model, train_cfg) -> torch.optim.AdamW:
+def make_optimizer(model, train_cfg) -> torch.optim.Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": train_cfg.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},  # Norms and biases.
     ]
-    return torch.optim.AdamW(groups, betas=tuple(train_cfg.betas), eps=train_cfg.eps, fused=True)  # lr: at each step.
+    options = {"betas": tuple(train_cfg.betas), "eps": train_cfg.eps}  # lr: at each step.
+    if train_cfg.optimizer == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(groups, **options)
+    return torch.optim.AdamW(groups, **options, fused=True)
 
 
 # ---- parts of a step -------------------------------------------------------------------------------------------------
 
 
 def forward_backward(parallel_model, batches: list[dict], scale: float) -> torch.Tensor:
-    """Add the gradients of `scale` times the token losses of these packed rows. Returns the sum of the token losses of
-    each row, float64 (rows,)."""
+    """Add the gradients of `scale` times the token losses of these packed rows. Returns `scale` times the sum of the
+    token losses of each row, float64 (rows,)."""
     losses = []
     for i, batch in enumerate(batches):
         distributed.progress()
         # DDP all-reduces the gradients once per step, with the last row. (FSDP, which ignores this, does so with each.)
         parallel_model.require_backward_grad_sync = i == len(batches) - 1
-        loss = parallel_model(batch)
-        (loss * scale).backward()
+        loss = parallel_model(batch, scale)
+        loss.backward()
         losses.append(loss.detach().double())
     return torch.stack(losses)
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 import checkpoint
 import config
 import lora
-from model import check_model, has_plain_head, load_model, notes_of, open_saved
+from model import cast_params, check_model, has_plain_head, load_model, notes_of, open_saved
 from templates import special_ids
 from tokens import load_tokenizer
 
@@ -433,3 +433,74 @@ def test_a_checkpoint_s_adapter_is_merged_from_its_state(trained, tmp_path):
     checkpoint.main([str(trained / "model"), str(tmp_path / "wanted")])
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "wanted"))
     assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+# ---- four and eight bits ---------------------------------------------------------------------------------------------
+
+
+def test_a_base_in_four_bits_computes_with_its_rounded_weights(base):
+    functional = pytest.importorskip("bitsandbytes").functional
+    cfg = config.load(None, [f"model.name={base}", "model.lora.rank=2", "model.lora.base=nf4", "model.dtype=float32",
+                             "model.lora.targets=[q_proj,down_proj]"]).model  # fmt: skip
+    models, results = [load_model(cfg, torch.device("cpu")) for _ in range(2)], []
+    for p in [p for model in models for p in model.parameters()]:
+        p.data.mul_(0.5)  # Its attention is so sharp that rounding shows in the gradients.
+    lora.quantize(models[0], torch.device("cpu"))
+    for (name, layer), (_, packed) in zip(*(model.named_modules() for model in models[::-1]), strict=True):
+        if name.endswith("_proj"):
+            assert packed.weight.dtype == torch.uint8 and packed.weight.numel() == layer.weight.numel() / 2
+            layer.weight.data = functional.dequantize_4bit(packed.weight, packed.product.keywords["quant_state"])
+    assert sum(map(lora.count, models[0].parameters())) == sum(p.numel() for p in models[1].parameters())
+    for model in models:
+        torch.manual_seed(0)
+        for layer in model.modules():
+            if isinstance(layer, lora.LoraLinear):
+                torch.nn.init.normal_(layer.lora_A, std=0.1), torch.nn.init.normal_(layer.lora_B, std=0.1)
+        with cast_params(model.float() if model is models[1] else model, torch.float32):
+            loss = model(torch.arange(3, 40)[None], labels=torch.arange(3, 40)[None]).loss
+        loss.backward()
+        results.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])))
+    (loss, gradient), (wanted_loss, wanted) = results
+    assert loss == pytest.approx(wanted_loss, rel=1e-3)
+    assert (gradient - wanted).norm() <= 0.03 * wanted.norm()  # bitsandbytes rounds some of the weights to bfloat16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_in_four_and_eight_bits_resumes_to_the_last_bit_and_merges_into_the_plain_base(
+    arguments, base, tmp_path, processes
+):
+    pytest.importorskip("bitsandbytes")
+    bits = [*arguments, "model.lora.rank=64", "model.lora.base=nf4", "train.optimizer=adamw_8bit"]
+    run(*bits, f"output_dir={tmp_path}/whole", processes=processes)
+    run(*bits, f"output_dir={tmp_path}/out", processes=processes, fault="0:4:raise", expect=1)
+    run(*bits, f"output_dir={tmp_path}/out", processes=processes)
+    whole, resumed = (load_file(tmp_path / name / "model/adapter_model.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(resumed[name], p) for name, p in whole.items())
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "out")
+    files = (tmp_path / "out/checkpoints/step_00000004/state").glob("*.safetensors")
+    state = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert any(tensor.dtype == torch.uint8 for name, tensor in state.items() if name.endswith(".state1"))
+    checkpoint.make_model_folder(tmp_path / "out/model", tmp_path / "merged", merge=True)
+    merged, plain = (AutoModelForCausalLM.from_pretrained(f) for f in (tmp_path / "merged", base))
+    name = "model.layers.0.self_attn.q_proj"
+    product = resumed[f"base_model.model.{name}.lora_B.weight"] @ resumed[f"base_model.model.{name}.lora_A.weight"]
+    wanted = plain.get_submodule(name).weight + 0.25 * product
+    torch.testing.assert_close(merged.get_submodule(name).weight, wanted, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "overrides, said",
+    [(["train.optimizer=adamw_8bit", "parallel.strategy=fsdp"], "cannot be sharded"),
+     (["model.lora.base=nf4", "model.lora.rank=4", "parallel.strategy=fsdp"], "cannot be sharded")],
+)  # fmt: skip
+def test_what_cannot_be_sharded_is_refused(overrides, said):
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(ValueError, match=said):
+        config.load(None, overrides)
+
+
+def test_eight_bits_without_bitsandbytes_name_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install bitsandbytes"):
+        config.load(None, ["train.optimizer=adamw_8bit"])

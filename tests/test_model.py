@@ -73,6 +73,27 @@ def one_rank(rank, path, compute, *arguments):
     dist.destroy_process_group()
 
 
+def test_a_loss_that_is_scaled_afterwards_is_refused():
+    loss = modeling.PackedLoss(tiny_llama(), plain_head=True)
+    value = loss(packing.collate(Examples([40, 9, 23], [31, 2, 1]), [0, 1]))
+    with pytest.raises(RuntimeError, match="give PackedLoss the scale"):
+        (0.5 * value).backward()
+
+
+@pytest.mark.parametrize("rows", [[[0, 1, 2]], [[0], [1, 2]], [[2], [0, 1], []]])
+def test_padding_at_the_end_of_a_row_changes_neither_loss_nor_gradients(rows):
+    examples, results = Examples([40, 9, 23], [31, 2, 1]), []
+    for multiple in (1, 128):
+        model = tiny_llama()
+        loss = modeling.PackedLoss(model, plain_head=True)
+        batches = [packing.collate(examples, row, multiple=multiple) for row in rows]
+        losses = train_sft.forward_backward(loss, batches, 0.3)
+        results.append(torch.cat([losses.sum()[None], *(p.grad.flatten() for p in model.parameters())]))
+    for batch in batches:
+        assert batch["input_ids"].shape[1] % 128 == 0 and len(batch["targets"]) % 64 == 0
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "rows_of_ranks",
@@ -193,10 +214,11 @@ def test_a_loss_in_chunks_has_the_gradients_of_the_whole_matrix(monkeypatch, tie
         assert modeling.has_plain_head(model)
         loss = modeling.PackedLoss(model, plain_head)
         with modeling.cast_params(model, dtype):
-            value = loss(packing.collate(examples, [0, 1, 2]))
-        (value * 0.3).backward()
+            value = loss(packing.collate(examples, [0, 1, 2]), 0.3)
+        value.backward()
         with torch.no_grad(), modeling.cast_params(model, dtype):
-            assert torch.equal(loss(packing.collate(examples, [0, 1, 2])), value.detach())
+            assert torch.equal(loss(packing.collate(examples, [0, 1, 2]), 0.3), value.detach())
+            assert loss(packing.collate(examples, [0, 1, 2])).item() * 0.3 == pytest.approx(value.item(), rel=1e-3)
         losses.append(value.item())
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     rounded = dtype == torch.bfloat16
@@ -352,7 +374,7 @@ def in_bfloat16(rank, world_size, strategy):
             dist.all_reduce(losses)
         grads = [p.grad.full_tensor() if strategy == "fsdp" else p.grad for p in model.parameters()]
         assert {g.dtype for g in grads} == {torch.float32}
-        made += [losses.sum()[None], *(g.flatten() for g in grads)]
+        made += [losses.sum()[None] / world_size, *(g.flatten() for g in grads)]
         model.zero_grad(set_to_none=True)
     return torch.cat(made)
 
