@@ -91,8 +91,9 @@ def main():
             if not files[name][turn].exists() and time.monotonic() - began < options.seconds:
                 print(f"round {turn + 1} of {options.rounds}: {name}", end=" ", flush=True)
                 said = run_worker(trl_python if name in trl else sys.executable, name, options.folder)
-                files[name][turn].write_text(said)
                 print(said, flush=True)
+                if said.startswith("{"):
+                    files[name][turn].write_text(said)
     results = {name: [json.loads(file.read_text()) for file in files[name] if file.exists()] for name in names}
     print(f"\n{table({name: runs for name, runs in results.items() if runs})}\n\n{machine()}")
 
@@ -174,7 +175,7 @@ def run_worker(python: str, name: str, folder: Path) -> str:
     command = [python, str(HERE / "bench.py"), "worker", name, str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{name} failed:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+        return f"failed:\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
     return done.stdout.splitlines()[-1]
 
 

@@ -21,6 +21,8 @@ def main(path: str):
         events = json.load(file)["traceEvents"]
     kernels = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     steps = max(1, sum("Optimizer.step" in e.get("name", "") for e in events if e.get("cat") == "user_annotation"))
+    if not kernels:
+        sys.exit(f"{path} has no kernels of a GPU")
     kernels.sort(key=lambda e: e["ts"])
     busy, end, gaps = 0.0, kernels[0]["ts"], []
     for e in kernels:  # microseconds
