@@ -422,6 +422,7 @@ class PackedLoss(torch.nn.Module):
             logits = logits[loss_positions]  # (trained, vocabulary)
         return scale * F.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=IGNORE_INDEX)
 
+    @torch.compiler.disable  # The number of positions differs from row to row.
     def at_loss_positions(self, forward, x):
         """`forward` of x, (1, tokens, hidden), where a trained token is predicted; elsewhere zero."""
         if self.loss_positions is None:
