@@ -62,9 +62,8 @@ def load_model(model_cfg, device: torch.device, meta: bool = False, rows: int = 
         GenerationConfig.from_pretrained(name)  # from_pretrained of a model ignores one that is no JSON
     kernel = attention.choose(model_cfg.attention, model_cfg.dtype, model_class(name, hf_config), device)
     # Trained parameters are float32. Those below an adapter are frozen, in the dtype of the run or model.lora.base.
-    base = {"nf4": "bfloat16", None: model_cfg.dtype}.get(
-        model_cfg.lora.base, model_cfg.lora.base
-    )  # See `parallelize`.
+    base = model_cfg.lora.base or model_cfg.dtype
+    base = "bfloat16" if base == "nf4" else base  # `parallelize` quantizes it.
     dtype = getattr(torch, base) if model_cfg.lora.rank else torch.float32
     options = {"dtype": dtype, "attn_implementation": kernel}
     if model_cfg.from_scratch or meta:
@@ -292,9 +291,7 @@ def parallelize(model, cfg, strategy: str, world_size: int, device: torch.device
         # torch's cache on disk ignores the processor: code compiled for AVX-512 would compute wrong numbers on AVX2.
         torch.compiler.config.cache_key_tag = torch.backends.cpu.get_cpu_capability()
         modules = [*blocks(model)]
-        if (
-            loss.skips_positions
-        ):  # The last block does not fit the graph that the others share: its parts get their own.
+        if loss.skips_positions:  # The last block does not fit the graph of the others, so its parts have their own.
             modules += [part for part in modules.pop().children() if "forward" not in vars(part)]
         for module in modules:
             module.compile(dynamic=True)
@@ -367,9 +364,9 @@ def cast_params(model, dtype: torch.dtype):
 
 
 class Cast(torch.autograd.Function):
-    """The parameters of a block in another dtype. Their gradients are added to the parameters' own as they are: autograd
-    would first convert them to float32, and so read and write nearly twice as much memory. (DDP's hook runs even so, but
-    hooks on a parameter's gradient see only the first row's.)"""
+    """The parameters of a block in another dtype. Their gradients are added to the parameters' own as they are:
+    autograd would first convert them to float32, and so read and write nearly twice as much memory. (DDP's hook runs
+    even so, but hooks on a parameter's gradient see only the first row's.)"""
 
     @staticmethod
     def forward(ctx, dtype: torch.dtype, add, *parameters):
@@ -389,9 +386,10 @@ class Cast(torch.autograd.Function):
 
 
 class PackedLoss(torch.nn.Module):
-    """Called with a packed row (`packing.collate`): `scale` times the sum of its token losses, a float32 scalar, which
-    must be differentiated itself (see `HeadLoss`). The output layer runs only where a trained token is predicted. A row
-    with none gives a zero that still has a gradient for each parameter. `plain_head`: see `has_plain_head`; `cp_group`: the ranks that share the row, each with a part of it."""
+    """Called with a packed row (`packing.collate`): `scale` times the sum of its token losses, a float32 scalar, from
+    which the backward pass has to begin (see `HeadLoss`). The output layer runs only where a trained token is
+    predicted. A row with none gives a zero that still has a gradient for each parameter. `plain_head`: see
+    `has_plain_head`; `cp_group`: the ranks that share the row, each with a part of it."""
 
     def __init__(self, model, plain_head: bool, cp_group=None):
         super().__init__()
@@ -433,10 +431,10 @@ class PackedLoss(torch.nn.Module):
 
 class HeadLoss(torch.autograd.Function):
     """`scale` times the sum of the cross entropies of `hidden @ weight.T`: hidden (positions, hidden), weight
-    (vocabulary, hidden), targets (positions,) int64, where -100 is ignored. The backward pass begins with it: its own
-    gradient is taken to be one, since to multiply by it costs as much as an eighth of all. It takes positions in chunks, and each chunk's gradient while it
-    has the logits, so that no more than LOGITS of them exist at once (as Liger's fused linear cross entropy: Hsu et
-    al., 2024, https://arxiv.org/abs/2410.10989)."""
+    (vocabulary, hidden), targets (positions,) int64, where -100 is ignored. It takes positions in chunks, and each
+    chunk's gradient while it has the logits, so that no more than LOGITS of them exist at once (as Liger's fused linear
+    cross entropy: Hsu et al., 2024, https://arxiv.org/abs/2410.10989). The backward pass begins here: multiplied by a
+    scale there, the weight's gradient would be read and written once more."""
 
     LOGITS = 2**27  # At once: 512 MiB in float32.
 

@@ -149,9 +149,8 @@ def collate(
         end = np.flatnonzero(predicted != IGNORE_INDEX)[-1] + 1
         documents.append((input_ids[:end], predicted[:end]))
     tokens = sum(len(ids) for ids, _ in documents)
-    padding = (
-        max(0, cp_size - tokens) if multiple == 1 else multiple - tokens % multiple
-    )  # A rank has one token or more.
+    # Each rank has a token.
+    padding = max(0, cp_size - tokens) if multiple == 1 else multiple - tokens % multiple
     if padding:
         documents.append((np.zeros(padding, dtype=np.int32), np.full(padding, IGNORE_INDEX)))
     ends = np.cumsum([len(ids) for ids, _ in documents]).tolist()

@@ -232,9 +232,9 @@ def launch(cfg) -> tuple[int, int]:
         return 0, 0
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     rank, local_rank, world_size, local_world_size = (int(os.environ[name]) for name in names)
-    for key, count in (("gpus_per_node", local_world_size), ("num_nodes", world_size // local_world_size)):
-        if getattr(cfg.cluster, key) not in (None, count):
-            raise ValueError(f"cluster.{key} must be {count} (torchrun's value) or null")
+    for key, there in (("gpus_per_node", local_world_size), ("num_nodes", world_size // local_world_size)):
+        if getattr(cfg.cluster, key) not in (None, there):
+            raise ValueError(f"cluster.{key} must be {there} (torchrun's value) or null")
     return rank, local_rank
 
 
