@@ -346,7 +346,7 @@ def load(folder: Path, model, optimizer, base: str | None = None):
         raise ValueError(f"{folder} adapts the commit {trained_on}, not {base}: set model.revision={trained_on}")
     read_state(folder, state_of(model, optimizer), no_dist=not dist.is_initialized())
     for state in optimizer.state.values():
-        if isinstance(state["step"], int):  # bitsandbytes
+        if isinstance(state.get("step"), int):  # bitsandbytes
             state["step"] = step_of(folder)
 
 

@@ -268,6 +268,11 @@ def blocks(model) -> torch.nn.ModuleList:
     return max(lists, key=lambda module: sum(p.numel() for p in module.parameters()))
 
 
+def is_compiled(model, requested: bool | None) -> bool:
+    """Whether the blocks are compiled, for `model.compile`; by default where a graph holds the attention too."""
+    return model.config._attn_implementation == "per_document_varlen" if requested is None else requested
+
+
 def parallelize(model, cfg, strategy: str, world_size: int, device: torch.device, cp_group=None):
     """(the `PackedLoss` to call, or DDP around it; the model in it, which holds the parameters). With fsdp, only rank 0
     needs a model with values: the others may bring a meta model and receive rank 0's parameters, a block at a time."""
@@ -282,10 +287,7 @@ def parallelize(model, cfg, strategy: str, world_size: int, device: torch.device
             lora.quantize(model, device)
         plain_head = has_plain_head(model.to(device))
     loss = PackedLoss(model, plain_head, cp_group)
-    compiles = cfg.model.compile
-    if compiles is None:
-        compiles = device.type == "cuda" and model.config._attn_implementation == "per_document_varlen"
-    if compiles:
+    if is_compiled(model, cfg.model.compile):
         # Blocks share their code; beyond the limit dynamo would silently run those that differ uncompiled.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         # torch's cache on disk ignores the processor: code compiled for AVX-512 would compute wrong numbers on AVX2.

@@ -24,10 +24,10 @@ import config
 import data
 import distributed
 import evaluate
+import lora
 import packing
 import tokens
 from export import meta_model, repair_generation, try_export
-from lora import count
 from model import cast_params, check_model, choose_strategy, load_model, notes_of, parallelize, take_device
 from tracking import Meter, Tracker
 
@@ -122,7 +122,7 @@ def train(
             print(f"generation_config.json of {cfg.model.name}: {note}")
         if not resume_from:
             try_export(meta, tokenizer, dataset.stop_ids, output_dir)
-        total, trained = sum(map(count, model.parameters())), model.num_parameters(only_trainable=True)
+        total, trained = sum(map(lora.count, model.parameters())), model.num_parameters(only_trainable=True)
         print(f"{total:,} parameters, {trained:,} trainable, {strategy} over {world_size} rank(s) on {device.type}")
         tracker = Tracker(output_dir, config.to_dict(cfg), start, steps)
         meter = Meter(model, device, dtype, world_size)
