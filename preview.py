@@ -26,7 +26,17 @@ import config
 import lora
 import packing
 from data import load_mixture, splits_of
-from model import HeadLoss, PackedLoss, blocks, cast_params, check_model, choose_strategy, load_model, notes_of
+from model import (
+    HeadLoss,
+    PackedLoss,
+    blocks,
+    cast_params,
+    check_model,
+    choose_strategy,
+    is_compiled,
+    load_model,
+    notes_of,
+)  # fmt: skip
 from templates import IGNORE_INDEX, special_ids
 from tokens import choose_template, encode_row, find_stop_ids, load_tokenizer, open_split, tokenize_splits
 
@@ -219,6 +229,7 @@ def memory(cfg, tokenizer, gpu_gib: float | None, longest: int, report: dict) ->
     with FakeTensorMode(allow_non_fake_inputs=True):  # The inputs are the meta model's, to be made fake here.
         model.to_empty(device="cpu")
         model.tie_weights()
+        compiled = is_compiled(model, cfg.model.compile)
         if model.config._attn_implementation == "per_document_varlen":
             model.set_attn_implementation("per_document")  # It keeps tensors of the same sizes, and needs no GPU.
         report.setdefault("notes", []).extend(check_model(model, cfg, world_size, tokenizer, longest))
@@ -227,6 +238,11 @@ def memory(cfg, tokenizer, gpu_gib: float | None, longest: int, report: dict) ->
         with cast_params(model, dtype):
             copies = sum(p.nbytes for p in {*model.parameters()} - {*params})
             activations = saved_bytes(model, tokens, trained_tokens, longest or tokens)
+            if cfg.model.activation_checkpointing:  # The backward pass computes those of one block again.
+                getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
+                activations += saved_bytes(model, tokens, trained_tokens, longest or tokens) // len(blocks(model))
+            elif compiled:  # Fused kernels keep less: 0.65 to 0.73 of it was measured (bench/README.md).
+                activations = int(0.7 * activations)
         # HeadLoss: a chunk's logits and their logarithms in float32, and the gradient of the output layer in `dtype`.
         saved_by_nf4 = 0
         if cfg.model.lora.base == "nf4":  # A byte holds two weights, and another byte is the scale of 64.
