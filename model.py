@@ -273,6 +273,19 @@ def is_compiled(model, requested: bool | None) -> bool:
     return model.config._attn_implementation == "per_document_varlen" if requested is None else requested
 
 
+def compile_blocks(model, loss: "PackedLoss"):
+    # Blocks share their code; beyond the limit dynamo would silently run those that differ uncompiled.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    # torch's cache on disk ignores the processor: code compiled for AVX-512 would compute wrong numbers on AVX2.
+    torch.compiler.config.cache_key_tag = torch.backends.cpu.get_cpu_capability()
+    modules = [*blocks(model)]
+    if loss.skips_positions:  # The last block, whose graph breaks, would impose its code on all: its parts have theirs.
+        modules += [part for part in modules.pop().children() if "forward" not in vars(part)]
+    for module in modules:
+        module.compile(dynamic=True)
+    model.add_gradients = torch.compile(torch._foreach_add_)  # It reads two dtypes faster.
+
+
 def parallelize(model, cfg, strategy: str, world_size: int, device: torch.device, cp_group=None):
     """(the `PackedLoss` to call, or DDP around it; the model in it, which holds the parameters). With fsdp, only rank 0
     needs a model with values: the others may bring a meta model and receive rank 0's parameters, a block at a time."""
@@ -288,16 +301,7 @@ def parallelize(model, cfg, strategy: str, world_size: int, device: torch.device
         plain_head = has_plain_head(model.to(device))
     loss = PackedLoss(model, plain_head, cp_group)
     if is_compiled(model, cfg.model.compile):
-        # Blocks share their code; beyond the limit dynamo would silently run those that differ uncompiled.
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        # torch's cache on disk ignores the processor: code compiled for AVX-512 would compute wrong numbers on AVX2.
-        torch.compiler.config.cache_key_tag = torch.backends.cpu.get_cpu_capability()
-        modules = [*blocks(model)]
-        if loss.skips_positions:  # The last block does not fit the graph of the others, so its parts have their own.
-            modules += [part for part in modules.pop().children() if "forward" not in vars(part)]
-        for module in modules:
-            module.compile(dynamic=True)
-        model.add_gradients = torch.compile(torch._foreach_add_)  # Which reads two dtypes faster.
+        compile_blocks(model, loss)
     if strategy == "fsdp":
         shard(model, cfg, world_size, device)
         # The loss does not go through model.forward: have FSDP gather the parameters outside the blocks there too.
