@@ -175,7 +175,7 @@ def test_one_graph_of_a_block_holds_its_attention_for_any_documents(monkeypatch)
     modeling.compile_blocks(model, loss)
     torch.testing.assert_close(losses_and_gradients(), wanted)
     assert all("at_loss_positions" in reason for reason in torch._dynamo.utils.counters["graph_break"])
-    assert counter.frame_count <= 7  # of blocks and of the last one's parts, and not one for each row
+    assert counter.frame_count <= 9  # of blocks and of the last one's parts, for one document and for more
 
 
 def test_compiled_code_is_cached_for_one_kind_of_processor(monkeypatch):
