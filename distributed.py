@@ -168,24 +168,18 @@ def fail(error: Exception, record_reason):
     if dist.is_torchelastic_launched():
         if isinstance(error, RuntimeError) and dist.is_initialized():
             time.sleep(1)  # If this rank has lost another one, torchrun notices by now that it is gone.
-            if killed := killed_ranks():
-                reason, details = f"rank {', '.join(map(str, killed))} was killed (out of memory?)", ""
+            killed = []
+            for other in range(dist.get_world_size()):
+                node, pid = store().get(f"process/{other}").decode().split()
+                try:
+                    os.kill(int(pid) if node == os.environ["GROUP_RANK"] else os.getpid(), 0)
+                except ProcessLookupError:
+                    killed.append(str(other))
+            if killed:
+                reason, details = f"rank {', '.join(killed)} was killed (out of memory?)", ""
         first_rank, reason = json.loads(store().compare_set("failed", "", json.dumps([rank, reason])))
     if not dist.is_torchelastic_launched() or first_rank == rank:
         get_error_handler().record_exception(error)
         print(f"{details}error: {reason}", file=sys.stderr, flush=True)
     record_reason(reason)
     hard_exit(1)
-
-
-def killed_ranks() -> list[int]:
-    """The ranks on this node whose process is gone."""
-    killed = []
-    for rank in range(int(os.environ["WORLD_SIZE"])):
-        node, pid = store().get(f"process/{rank}").decode().split()
-        if node == os.environ["GROUP_RANK"]:
-            try:
-                os.kill(int(pid), 0)
-            except ProcessLookupError:
-                killed.append(rank)
-    return killed

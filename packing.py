@@ -96,11 +96,6 @@ def pack(indices, lengths, world_size: int, max_tokens: int) -> list[list[list[i
     return [[sorted(turn[rank]) for turn in turns] for rank in range(world_size)]
 
 
-def rank_rows(indices, lengths, rank: int, world_size: int, cp_size: int, max_tokens: int) -> list[list[int]]:
-    """The packed rows of one rank. The `cp_size` ranks of a group share each of their rows, and get the same ones."""
-    return pack(indices, lengths, world_size // cp_size, max_tokens)[rank // cp_size]
-
-
 def cost(row: list[int], lengths) -> float:
     """Work of a row in tokens: attention grows with the square of a document and equals the rest at about 8k tokens."""
     return sum(float(lengths[i]) * (1 + float(lengths[i]) / 8192) for i in row)

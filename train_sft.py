@@ -101,9 +101,10 @@ def train(
     # at least one document, so with max_tokens = 1 it has exactly one.
     cp_size = cfg.parallel.context
     max_tokens = cp_size * cfg.train.max_tokens_per_micro_batch if can_pack else 1
-    my_rows = functools.partial(
-        packing.rank_rows, rank=rank, world_size=world_size, cp_size=cp_size, max_tokens=max_tokens
-    )
+
+    def my_rows(indices, lengths) -> list[list[int]]:
+        return packing.pack(indices, lengths, world_size // cp_size, max_tokens)[rank // cp_size]
+
     # For each new length of a row a GPU's library takes milliseconds to choose its kernels, so there are few lengths.
     multiple = 128 if can_pack and device.type == "cuda" else 1
     collate = functools.partial(
