@@ -27,9 +27,7 @@ class Lora:
     alpha: float = key(16.0, "the adapter is scaled by alpha / rank", 1e-9)
     dropout: float = key(0.0, "dropout before the adapter", 0)
     targets: Literal["all-linear"] | list[str] = key("all-linear", "all-linear: all but the output layer")
-    base: Literal["bfloat16", "float32", "nf4"] | None = key(
-        None, "dtype of the frozen parameters; nf4: 4 bits, needs bitsandbytes; null: model.dtype"
-    )
+    base: Literal["bfloat16", "float32", "nf4"] | None = key(None, "of what is frozen; nf4: 4 bits; null: model.dtype")
     train_embeddings: bool = key(False, "also train the input embedding and the output layer, fully")
     merge: bool = key(False, "true: model/ is a plain model with the adapter added; false: a PEFT adapter")
 
@@ -49,9 +47,7 @@ class Model:
 @dataclass
 class Tokenizer:
     name: str | None = key(None, "null: the model's")
-    chat_template: str | None = key(
-        None, "Jinja or a .jinja file; tokenizer: its own; null: the dataset's, else its own"
-    )
+    chat_template: str | None = key(None, "Jinja or a .jinja file; tokenizer: its own; null: the dataset's, else that")
     template_arguments: dict = key({}, "what the template reads besides, as {enable_thinking: false}")
     add_tokens: list[str] = key([], "special tokens to add, with rows of the embedding where there are none")
     date: str | None = key(None, "that the template prints, YYYY-MM-DD; null: of the run's first launch")
@@ -317,10 +313,9 @@ def check(config: Config):
         raise ValueError(f"tokenizer.date = {config.tokenizer.date} must be YYYY-MM-DD")
     if config.train.max_steps is None and config.train.max_epochs is None:
         raise ValueError("train.max_steps and train.max_epochs are both null: set one of them")
-    if config.validation.exact_match and not config.validation.every:
-        raise ValueError("validation.exact_match needs validation.every: answers are scored at validations")
-    if not config.validation.every and (config.validation.patience or config.checkpoint.final == "best"):
-        raise ValueError("validation.patience and checkpoint.final=best need validation.every")
+    measured = config.validation.exact_match or config.validation.patience or config.checkpoint.final == "best"
+    if measured and not config.validation.every:
+        raise ValueError("validation.exact_match, validation.patience and checkpoint.final=best need validation.every")
     if config.checkpoint.final == "best" and not config.checkpoint.keep:
         raise ValueError("checkpoint.final=best needs checkpoint.keep of at least 1")
     if config.train.profile and len(config.train.profile) != 2:
@@ -329,9 +324,8 @@ def check(config: Config):
         raise ValueError("model.lora.rank > 0 needs trained parameters below it: set model.from_scratch=false")
     if config.parallel.strategy != "fsdp" and (config.parallel.replicas > 1 or config.parallel.cpu_offload):
         raise ValueError("parallel.replicas > 1 and parallel.cpu_offload need parallel.strategy=fsdp")
-    eight_bits = {"model.lora.base=nf4": config.model.lora.base == "nf4"}
-    eight_bits["train.optimizer=adamw_8bit"] = config.train.optimizer == "adamw_8bit"
-    for setting in [setting for setting, is_set in eight_bits.items() if is_set]:
+    settings = {f"model.lora.base={config.model.lora.base}", f"train.optimizer={config.train.optimizer}"}
+    for setting in settings & {"model.lora.base=nf4", "train.optimizer=adamw_8bit"}:
         if importlib.util.find_spec("bitsandbytes") is None:
             raise ValueError(f"{setting} needs `pip install bitsandbytes`")
         if config.parallel.strategy == "fsdp":

@@ -16,7 +16,7 @@ import datasets
 import huggingface_hub
 import numpy as np
 
-from files import DECODER, ENDINGS, FILE_ROWS, SPLITS, find_files, from_json, read_table, split_files, without_filled_in
+from files import ENDINGS, FILE_ROWS, SPLITS, find_files, from_json, read_table, split_files, without_filled_in
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 BY_NAME = "by name"  # as `validation`: the split that has such a name, or files of such names
@@ -51,8 +51,7 @@ class TaskDataSpec:
 
 
 class Squad:
-    """Stanford's question answering data, https://huggingface.co/datasets/rajpurkar/squad: the context as system, the
-    question as user, the first answer as assistant."""
+    """https://huggingface.co/datasets/rajpurkar/squad: the context as system, the question, and its first answer."""
 
     custom_template = (
         "{%- for message in messages -%}"
@@ -75,9 +74,8 @@ class Squad:
 
 
 class OpenAssistant:
-    """Human-written conversations: every path from the root to a leaf of each message tree, of the file of reviewed
-    trees of https://huggingface.co/datasets/OpenAssistant/oasst1 (its parquet files hold single messages, spam among
-    them). The split is by tree, so that no validation prompt was trained on."""
+    """Every path from the root to a leaf of the reviewed trees of https://huggingface.co/datasets/OpenAssistant/oasst1
+    (whose parquet files also hold spam). The split is by tree, so that no validation prompt was trained on."""
 
     system = (
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
@@ -90,8 +88,7 @@ class OpenAssistant:
         "{%- elif message['role'] == 'assistant' -%}"
         "{{- 'Assistant:\\n' + message['content'] | trim + eos_token + '\\n\\n' -}}"
         "{%- else -%}{{- raise_exception('the OpenAssistant template has no role ' + message['role']) -}}{%- endif -%}"
-        "{%- endfor -%}"
-        "{%- if add_generation_prompt -%}{{- 'Assistant:\\n' -}}{%- endif -%}"
+        "{%- endfor -%}{%- if add_generation_prompt -%}{{- 'Assistant:\\n' -}}{%- endif -%}"
     )
 
     def __init__(self, seed: int = 42, validation: float | None = 0.05):
@@ -100,40 +97,36 @@ class OpenAssistant:
             trees = [json.loads(line) for line in file]
         splits = {"train": [], "validation": []}
         for tree, chosen in zip(trees, held_out(len(trees), validation, seed), strict=True):
-            for messages in tree_paths(tree["prompt"]):
-                if len(messages) >= 2:
-                    messages = [{"role": "system", "content": self.system}, *messages]
+            for messages in tree_paths(tree["prompt"], [{"role": "system", "content": self.system}]):
+                if len(messages) >= 3:  # the prompt has an answer
                     splits["validation" if chosen else "train"].append({"messages": messages})
         self.formatted_ds = {split: rows for split, rows in splits.items() if rows}
         self.task_spec = TaskDataSpec("openassistant", self.custom_template)
 
 
-def tree_paths(node: dict) -> list[list[dict]]:
-    """Every way from this message to a leaf, as lists of messages."""
-    message = {"role": {"prompter": "user", "assistant": "assistant"}[node["role"]], "content": node["text"]}
-    rest = [path for reply in node["replies"] for path in tree_paths(reply)]
-    return [[message, *path] for path in rest or [[]]]
+def tree_paths(node: dict, above: list[dict]) -> list[list[dict]]:
+    """The messages above this one, it, and those below it: a list for every way to a leaf."""
+    role = {"prompter": "user", "assistant": "assistant"}[node["role"]]
+    messages = [*above, {"role": role, "content": node["text"]}]
+    return [path for reply in node["replies"] for path in tree_paths(reply, messages)] or [messages]
 
 
 class Chats:
     """Conversations in files (see `ENDINGS`): a file, a glob, or a folder of files or of a dataset saved to disk.
 
-    `validation`: files as well, or the fraction of the rows that is held out (the same rows for the same seed), or
-    None; by default what `split_files` finds, else 0.05. `format`: one of `FORMATS`; None: each row is recognized by
-    its columns. `columns`: the user's own names of columns, as {"messages": "dialogue"}."""
+    `validation`: files, the fraction of the rows to hold out, or None; by default what `split_files` finds, else 0.05.
+    `format`: of `FORMATS`; None: by the columns of each row. `columns`: other names, as {"messages": "dialogue"}."""
 
     def __init__(self, path: str, validation=BY_NAME, seed=42, format: str | None = None, columns: dict | None = None):
         files, others, left_out = split_files(path)
         if validation == BY_NAME:
-            validation = others or 0.05
-        else:
-            left_out += others
-            if isinstance(validation, str):
-                validation = find_files(validation)
+            validation, others = others or 0.05, []
+        left_out += others
+        if isinstance(validation, str):
+            validation = find_files(validation)
+            if not Path(path).is_file():  # a folder or a glob may name them too
                 same = {os.path.realpath(file) for file in validation}
-                left_out = [file for file in left_out if os.path.realpath(file) not in same]
-                if not Path(path).is_file():  # a folder or a glob may name them too
-                    files = [file for file in files if os.path.realpath(file) not in same]
+                files, left_out = ([f for f in part if os.path.realpath(f) not in same] for part in (files, left_out))
         if left_out:
             print(f"{path}: {len(left_out)} left out by their names: {', '.join(left_out[:5])}", file=sys.stderr)
         if not files:
@@ -148,23 +141,19 @@ class Chats:
 
 class HubChats:
     """A dataset of the Hub in one of `FORMATS`. `validation`: a split's name, a fraction of `train`, or None; by
-    default the split that is called validation, valid, dev or val. `columns`: as of `Chats`."""
+    default the split that is called validation, valid, dev or val. `format`, `columns`: as of `Chats`."""
 
-    def __init__(
-        self, path: str, subset: str | None = None, train: str = "train", validation=BY_NAME, seed: int = 42,
-        format: str | None = None, columns: dict | None = None,
-    ):  # fmt: skip
+    def __init__(self, path: str, subset=None, train="train", validation=BY_NAME, seed=42, format=None, columns=None):
         if not isinstance(subset, str | None):
             raise ValueError(f"data.args.subset = {subset!r} must be a text, the name of a configuration of {path}")
         loaded = datasets.load_dataset(path, subset)
         if validation == BY_NAME:
             validation = next((name for name in loaded if SPLITS.get(name) == "validation"), "validation")
         names = {"train": train, **({"validation": validation} if isinstance(validation, str) else {})}
-        if missing := [split for split, name in names.items() if name not in loaded]:
-            fix = "" if "train" in missing else ", or as validation=0.05"
-            raise ValueError(
-                f"{path} has no split {names[missing[0]]!r}, only {[*loaded]}: set data.args.{missing[0]} to one{fix}"
-            )
+        for split, name in names.items():
+            if name not in loaded:
+                fix = f"set data.args.{split} to one, or data.args.validation to a fraction, as 0.05"
+                raise ValueError(f"{path} has no split {name!r}, only {[*loaded]}: {fix}")
         if left_out := [name for name in loaded if name not in names.values()]:
             print(f"{path}: splits left out: {', '.join(left_out)}", file=sys.stderr)
         splits = {split: as_conversations(loaded[name], format, columns) for split, name in names.items()}
@@ -185,9 +174,8 @@ class MixtureEntry(NamedTuple):
 
 
 def load_mixture(cfg, scoring: bool = False) -> list[MixtureEntry]:
-    """The datasets that a `config.Config` names, each under a unique name. The training split is read unless its weight
-    is 0, and the validation split unless the run never validates; for `scoring`, only the validation split. Raises
-    ValueError where there is nothing to read."""
+    """The datasets that a `config.Config` names, under unique names. Training splits are read unless the weight is 0,
+    validation splits unless the run never validates; for `scoring`, only these. ValueError if there is none to read."""
     entries, validates, mixture = [], scoring or cfg.validation.every is not None, cfg.data.dataset
     for requested in mixture if isinstance(mixture, list) else [{"dataset": mixture, "args": cfg.data.args}]:
         weight = float(requested.get("weight", 1))
@@ -205,8 +193,8 @@ def load_mixture(cfg, scoring: bool = False) -> list[MixtureEntry]:
         free = next(n for n in [name, *(f"{name}_{k}" for k in range(2, len(entries) + 2))] if n not in taken)
         entries.append(MixtureEntry(free, dataset, weight, splits))
     if validates and not any("validation" in entry.splits for entry in entries):
-        hint = "" if scoring else ", or validation.every=null to train without"
-        raise ValueError(f"data.dataset = {mixture!r} has no validation split: set data.args.validation{hint}")
+        fix = "set data.args.validation, or validation.every=null to train without"
+        raise ValueError(f"data.dataset = {mixture!r} has no validation split: {fix}")
     return [entry for entry in entries if entry.splits]
 
 
@@ -243,10 +231,8 @@ def splits_of(entries: list[MixtureEntry]):
 
 def held_out(count: int, fraction: float | None, seed: int) -> np.ndarray:
     """Which of `count` rows or trees are held out, bool (count,); None or 0: none."""
-    chosen = np.zeros(count, dtype=bool)
-    if fraction:
-        chosen[np.random.default_rng(seed).permutation(count)[: max(1, round(count * fraction))]] = True
-    return chosen
+    size = max(1, round(count * fraction)) if fraction else 0
+    return np.isin(np.arange(count), np.random.default_rng(seed).permutation(count)[:size])
 
 
 def split_rows(rows: datasets.Dataset, fraction: float | None, seed: int) -> dict[str, datasets.Dataset]:
@@ -259,7 +245,6 @@ def split_rows(rows: datasets.Dataset, fraction: float | None, seed: int) -> dic
 
 
 def read_files(files: list[str], format: str | None, columns: dict | None = None) -> datasets.Dataset:
-    """The rows of these files as conversations."""
     return as_conversations(read_table(files), format, columns)
 
 
@@ -278,17 +263,16 @@ def to_conversations(batch: dict[str, list], features: datasets.Features, format
     if features == FILE_ROWS:
         rows = [from_json(text.decode("utf-8-sig"), "the row") for text in batch["json"]]
     else:
-        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        rows = [without_filled_in(row, features) for row in rows]
+        table = zip(*batch.values(), strict=True)
+        rows = [without_filled_in(dict(zip(batch, values, strict=True)), features) for values in table]
     conversations = [to_conversation(row, format, columns) for row in rows]
     names = ("messages", *PASSED_ON, *FORMATS["text"], *FORMATS["tokens"], "unread")
     return {name: [each.get(name) for each in conversations] for name in names}
 
 
 def to_conversation(row, format: str | None, columns: dict) -> dict:
-    """A row of a format as {"messages": [...]}, with the columns of `PASSED_ON` that it has, and the names of those
-    that are `unread`. Raises ValueError where it has the columns (null counts as absent) of no format, of several, or
-    not of the one that is requested."""
+    """A row as {"messages": [...] or None}, with the other columns that `normalize` reads, and the names of those that
+    are `unread`. Raises ValueError where its columns (null counts as absent) are not those of one format."""
     if columns:
         if missing := [name for name in columns.values() if name not in row]:
             raise ValueError(f"has no column {missing[0]!r}, as data.args.columns names it, only {', '.join(row)}")
@@ -299,31 +283,25 @@ def to_conversation(row, format: str | None, columns: dict) -> dict:
     fitting = [name for name in wanted if FORMATS[name] <= there]
     if len(fitting) != 1:
         kinds = f"{' and '.join(fitting) or 'no format'} with data.args.format = {format or 'null'}"
-        known = ", ".join(f"{name} ({', '.join(sorted(needed))})" for name, needed in FORMATS.items())
-        fix = f"there are {known}; data.args.columns={{messages: dialogue}} takes the column dialogue for messages"
+        fix = f"there are {FORMATS}; data.args.columns={{messages: dialogue}} takes the column dialogue for messages"
         raise ValueError(f"the columns {', '.join(sorted(there)) or '(none)'} are of {kinds}; {fix}")
     format = fitting[0]
-    for name in ("train", "loss", "training", *(("label", "input") if format == "prompt_completion" else ())):
+    of_format = {"prompt_completion": ("label", "input"), "text": ("weight",), "tokens": ("weight",)}
+    for name in ("train", "loss", "training", *of_format.get(format, ())):
         if row.get(name) not in (None, "", True):
             raise ValueError(f"has {name!r} = {row[name]!r} for the whole row, which is not read: put it into messages")
-    if format in ("messages", "sharegpt"):
-        row = row | {name: from_json(row[name], name) for name in FORMATS[format]}
-    convert = {"prompt_completion": from_prompt_completion, "alpaca": from_alpaca, "sharegpt": from_sharegpt}
-    messages = convert[format](row) if format in convert else row.get("messages")
-    if format not in NO_CHAT and row.get("system") not in (None, ""):
-        if messages and messages[0].get("role") == "system":
-            raise ValueError("has both a 'system' column and a system turn; leave one out")
-        messages = [{"role": "system", "content": row["system"]}, *messages]
-    read = {"system", *PASSED_ON, *FORMATS[format], *(OF_ALPACA if format == "alpaca" else ())}
     if format in NO_CHAT:
-        read = {"id", *FORMATS[format]}
-        if row.get("weight") not in (None, 1):
-            raise ValueError(
-                f"has 'weight' = {row['weight']!r}, which format {format} does not read: leave the row out"
-            )
-    passed_on = (*PASSED_ON, *(FORMATS[format] if format in NO_CHAT else ()))
-    kept = {name: row[name] for name in passed_on if row.get(name) is not None}
-    return {"messages": None if format in NO_CHAT else messages, **kept, "unread": sorted(there - read)}
+        messages, read = None, {"id", *FORMATS[format]}
+    else:
+        convert = {"prompt_completion": from_prompt_completion, "alpaca": from_alpaca, "sharegpt": from_sharegpt}
+        messages = convert[format](row) if format in convert else from_json(row["messages"], "messages")
+        read = {"system", *PASSED_ON, *FORMATS[format], *(OF_ALPACA if format == "alpaca" else ())}
+        if row.get("system") not in (None, ""):
+            if messages and messages[0].get("role") == "system":
+                raise ValueError("has both a 'system' column and a system turn; leave one out")
+            messages = [{"role": "system", "content": row["system"]}, *messages]
+    kept = {name: row[name] for name in there & {*PASSED_ON, *read}}
+    return {**kept, "messages": messages, "unread": sorted(there - read)}
 
 
 def from_prompt_completion(row: dict) -> list[dict]:
@@ -336,8 +314,8 @@ def from_prompt_completion(row: dict) -> list[dict]:
 
 
 def from_alpaca(row: dict) -> list[dict]:
-    """The instruction and, behind an empty line, the input. https://github.com/tatsu-lab/stanford_alpaca#data-release;
-    `history` (pairs of a question and an answer) as LLaMA-Factory has it."""
+    """Its input comes behind an empty line, https://github.com/tatsu-lab/stanford_alpaca#data-release; `history` (pairs
+    of a question and an answer) as LLaMA-Factory has it."""
     question, messages = row["instruction"], []
     if (given := row.get("input")) not in (None, ""):
         if not isinstance(given, str):
@@ -353,7 +331,7 @@ def from_alpaca(row: dict) -> list[dict]:
 
 def from_sharegpt(row: dict) -> list[dict]:
     messages = []
-    for turn in row["conversations"]:
+    for turn in from_json(row["conversations"], "conversations"):
         if not isinstance(turn, dict) or "from" not in turn:
             messages.append(turn)  # a message under another name, or what `normalize` refuses
             continue
@@ -368,8 +346,7 @@ def from_sharegpt(row: dict) -> list[dict]:
 
 
 def read_conversation(rows, i: int, name: str) -> dict:
-    """Row i of a split, normalized. `name`: of the split, as in "squad train". Raises ValueError, with the row's place
-    in front, if it is not a conversation that can be trained on."""
+    """Row i of a split (`name`: as "squad train"), normalized. ValueError, with its place: it cannot be trained on."""
     with at_row(rows, i, name):
         row = rows[i]
         return normalize(without_filled_in(row, rows.features) if isinstance(rows, datasets.Dataset) else row)
@@ -389,12 +366,13 @@ def at_row(rows, i: int, name: str):
 
 def normalize(row) -> dict:
     """A row as {"messages": [...]}, {"text": ...} or {"input_ids": [...], "labels": [...]}, with `tools` (a list),
-    `answers` (texts), `id` and the columns that are `unread` where it has them. Raises ValueError with the reason if it
-    cannot be trained on."""
+    `answers` (texts), `id` and what is `unread` where it has them. Raises ValueError if it cannot be trained on."""
     row = row if isinstance(row, dict) else {"messages": row}
     if present := [name for name in NOT_TEXT if row.get(name)]:
         raise ValueError(f"has {present[0]!r}: only text is trained here; leave such rows out")
     messages, answers = row.get("messages"), row.get("answers")
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        answers = None  # in another form, as {"text": [...]}
     if messages is None and isinstance(row.get("text"), str):
         return {"text": row["text"], "unread": row.get("unread")}
     if messages is None and row.get("input_ids") is not None:
@@ -411,13 +389,7 @@ def normalize(row) -> dict:
         raise ValueError("has no assistant turn, so there is nothing to train")
     # A UnicodeEncodeError, which is a ValueError, where a text was cut inside a character
     json.dumps([messages, tools], ensure_ascii=False, default=str).encode()
-    listed = isinstance(answers, list) and all(isinstance(answer, str) for answer in answers)
-    optional = {
-        "tools": tools,
-        "answers": answers if listed else None,
-        "id": row.get("id"),
-        "unread": row.get("unread"),
-    }
+    optional = {"tools": tools, "answers": answers, "id": row.get("id"), "unread": row.get("unread")}
     return {"messages": messages, **{name: value for name, value in optional.items() if value not in (None, [], "")}}
 
 
@@ -439,8 +411,7 @@ def normalize_message(message: dict, i: int) -> dict:
         content = message["content"] = ""
     blocks = content if isinstance(content, list) else [{"type": "text", "text": content}]
     check_objects(blocks, f"messages[{i}]: the content")
-    is_text = [block.get("type") == "text" and not {*block} & {*NOT_TEXT} for block in blocks]
-    if not all(is_text) or not all(isinstance(block.get("text"), str) for block in blocks):
+    if not all(block.get("type") == "text" and isinstance(block.get("text"), str) for block in blocks):
         raise ValueError(f"messages[{i}]: the content is {str(content)[:60]!r}, but only text is trained here")
     return message
 
@@ -448,12 +419,12 @@ def normalize_message(message: dict, i: int) -> dict:
 def normalize_call(call: dict, name: str) -> dict:
     call = wrapped(call)
     check_objects([call["function"]], f"{name}: the function")
-    function = {"arguments" if key == "parameters" else key: value for key, value in call["function"].items()}
-    text = function.setdefault("arguments", {})
-    with contextlib.suppress(json.JSONDecodeError):
-        function["arguments"] = DECODER.decode(text or "{}") if isinstance(text, str) else {} if text is None else text
+    function = {**call["function"]}
+    if "arguments" not in function:
+        function["arguments"] = function.pop("parameters", None)  # as Llama calls them
+    given = function["arguments"]
+    function["arguments"] = {} if given in (None, "") else from_json(given, name)
     others = {*call} - {"id", "type", "function", "index"} | {*function} - {"name", "arguments"}
-    others |= {*call["function"]} & {"parameters"} if "arguments" in call["function"] else set()
     if others or not isinstance(function["arguments"], dict) or not isinstance(function.get("name"), str):
         raise ValueError(f"{name}: {str(call)[:80]!r} must have a name, a JSON object of arguments, and no more")
     return {**call, "function": function}

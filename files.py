@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import re
-import zlib
 from pathlib import Path
 
 import datasets
@@ -37,22 +36,20 @@ def find_files(path: str) -> list[str]:
     """A file, or those that a glob or a folder holds, by name, without the hidden files of a folder."""
     path = str(Path(path))  # without "./", as those below it are named
     found = {path, *glob.glob(f"{glob.escape(path)}/**/*" if Path(path).is_dir() else path, recursive=True)}
-    saved = {str(Path(file).with_name("state.json")) for file in found if Path(file).name == "dataset_info.json"}
-    files = [file for file in found - saved if file.endswith(ENDINGS) and Path(file).is_file()]
+    files = [file for file in found if file.endswith(ENDINGS) and Path(file).is_file()]
     files = [file for file in files if not Path(file).name.startswith(("dataset_info", "dataset_dict"))]  # of the Hub
-    for state in saved & found:  # of a dataset that was saved to disk
-        shards = json.loads(Path(state).read_bytes())["_data_files"]
-        files += [str(Path(state).with_name(shard["filename"])) for shard in shards]
+    for state in [Path(file) for file in files if Path(file).name == "state.json"]:  # of a dataset saved to disk
+        files.remove(str(state))
+        files += [str(state.with_name(shard["filename"])) for shard in json.loads(state.read_bytes())["_data_files"]]
     if not files:
         raise ValueError(f"data: {path} names no file that ends in {', '.join(ENDINGS)}")
     return sorted(files, key=Path)
 
 
 def read_table(files: list[str]) -> datasets.Dataset:
-    """The rows of these files, kept as JSON text in a memory-mapped table that is made once.
+    """The rows of these files, kept as JSON text in a memory-mapped table that is made once for the same content.
 
-    The types of Arrow do not keep rows as they stand in a file: they fill in keys, round numbers, and read the text
-    "42" as a number. The table is found by the content of the files: a new one may have the same size and time."""
+    In the types of Arrow rows do not stay as they are: keys are filled in, numbers rounded, "42" becomes a number."""
     key = hashlib.sha256(Path(__file__).read_bytes())
     for file in files:
         with open(file, "rb") as opened:
@@ -71,16 +68,12 @@ def iterate_rows(files: list[str]):
     for file in files:
         try:
             for n, row in numbered_rows(file):
-                row = row if isinstance(row, bytes) else json.dumps(row, default=as_text).encode()
+                if not isinstance(row, bytes):  # bytes inside are texts, as some programs write them
+                    row = json.dumps(row, default=lambda x: x.decode() if isinstance(x, bytes) else str(x)).encode()
                 yield {"place": f"{file}:{n}", "json": row}
-        except (ValueError, OSError, EOFError, zlib.error, csv.Error) as error:
+        except Exception as error:
             fix = ": save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
             raise ValueError(f"{file}: {error}{fix}") from None
-
-
-def as_text(value) -> str:
-    """A value that JSON has not: bytes are UTF-8, as some programs write texts; dates and decimals as they print."""
-    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def numbered_rows(file: str):
