@@ -110,7 +110,7 @@ def turn_end(chat, i: int, own: list[int], start: int) -> int:
     # 3. The text behind it closes every conversation: "Hi", then "<|endofchat|>" after the loop over the messages. It
     #    is no generation prompt, which some templates print in every case.
     if after.strip():
-        suffix = tracing.untagged_suffix(tracing.joined(chat.traced_chunks(chat.traced[: i + 1], False)))
+        suffix = tracing.untagged_suffix(tracing.joined(chat.chunks(chat.traced[: i + 1])))
         is_prompt = any(suffix.endswith(prompt) for prompt in chat.default_prompts or [])
         if suffix.strip() and after.startswith(suffix) and not is_prompt:
             return behind + len(suffix.rstrip())

@@ -14,7 +14,6 @@ import re
 from datetime import datetime
 from typing import NamedTuple
 
-import jinja2
 import tokenizers
 
 import spans
@@ -22,9 +21,8 @@ import tracing
 
 IGNORE_INDEX = -100
 SWITCHES = ("train", "weight", "loss", "training")  # keys by which a message is left out of the training
-READ_KEYS = (  # of a message, here or by an engine; a template may read others
-    *("role", "content", "tool_calls", "tool_call_id", "name", "id", "reasoning_content", "reasoning", "thinking"),
-)
+# Keys of a message that are read here or by an engine; a template may read others.
+READ_KEYS = "role content tool_calls tool_call_id name id reasoning_content reasoning thinking".split()
 FIX = 'set tokenizer.chat_template to another one, or "train": false in this message'
 ADVICE = "mark what to train in the template with {% generation %} ... {% endgeneration %}"
 
@@ -90,14 +88,17 @@ class Chat:
         self.assistants = [i for i, message in enumerate(self.messages) if message.get("role") == "assistant"]
         # The same in all renderings: some templates print the time.
         self.strftime_now = variables.get("strftime_now", datetime.now().strftime)
-        self.prompts_of, self.prints_date = {}, False
+        self.prints_date = False
+        # The generation prompts for an answer in place of message i.
+        self.prompts_before = functools.cache(lambda i: self.generation_prompts(self.traced[:i]))
 
     def strftime(self, format: str) -> str:
         self.prints_date = True
         return self.strftime_now(format)
 
-    def chunks(self, template: jinja2.Template, messages, tools, add_generation_prompt: bool) -> list[str]:
-        """What a template prints, piece by piece."""
+    def chunks(self, messages: list[dict], add_generation_prompt=False, traced=True) -> list[str]:
+        """What the template prints, piece by piece."""
+        template, tools = (self.following, self.traced_tools) if traced else (self.plain, self.tools)
         variables = {**self.variables, "strftime_now": self.strftime, "messages": messages, "tools": tools}
         variables["add_generation_prompt"] = add_generation_prompt
         try:
@@ -105,13 +106,10 @@ class Chat:
         except Exception as error:  # a template is a program, which may raise anything
             raise ValueError(f"the chat template refuses this conversation: {error}") from None
 
-    def traced_chunks(self, messages: list[dict], add_generation_prompt: bool) -> list[str]:
-        return self.chunks(self.following, messages, self.traced_tools, add_generation_prompt)
-
     def render(self):
         """Finds the text, as transformers renders it, and its segments."""
-        self.text = "".join(self.chunks(self.plain, self.messages, self.tools, False))
-        rendered = tracing.joined(self.traced_chunks(self.traced, False))
+        self.text = "".join(self.chunks(self.messages, traced=False))
+        rendered = tracing.joined(self.chunks(self.traced))
         if rendered != self.text:
             if "&#34;" in self.text and html.unescape(rendered) == html.unescape(self.text):
                 raise ValueError("the chat template itself writes escaped quotes (&#34;): remove `safe` from it")
@@ -131,16 +129,16 @@ class Chat:
             self.segments.append(Segment(position, position + length, tag.source, tag.is_label, printer, tag.block))
             position += length
 
-    def try_chunks(self, messages: list[dict], add_generation_prompt: bool) -> list[str] | None:
-        """As `traced_chunks`; None: the template refuses these messages."""
+    def try_chunks(self, messages: list[dict], add_generation_prompt=False) -> list[str] | None:
+        """As `chunks`; None: the template refuses these messages."""
         with contextlib.suppress(ValueError):
-            return self.traced_chunks(messages, add_generation_prompt)
+            return self.chunks(messages, add_generation_prompt)
 
     def generation_prompts(self, messages: list[dict]) -> tuple[str, list[str] | None]:
         """All that inference feeds for an answer to these messages, and what may be the generation prompt at its end.
 
         The candidates come longest first. Where the template refuses the messages: "" and None."""
-        with_prompt, without = self.try_chunks(messages, True), self.try_chunks(messages, False)
+        with_prompt, without = self.try_chunks(messages, True), self.try_chunks(messages)
         full_prompt = "".join(with_prompt or [])
         if not full_prompt or without is None:
             return full_prompt, None
@@ -151,12 +149,6 @@ class Chat:
         on_request = added if same else added[len(os.path.commonprefix([added, replaced])) :]
         found = {tracing.untagged_suffix(tracing.joined(with_prompt)), on_request} - {""}
         return full_prompt, sorted(found, key=len, reverse=True)
-
-    def prompts_before(self, i: int) -> tuple[str, list[str] | None]:
-        """The generation prompts for an answer in place of message i."""
-        if i not in self.prompts_of:
-            self.prompts_of[i] = self.generation_prompts(self.traced[:i])
-        return self.prompts_of[i]
 
     @functools.cached_property
     def default_prompts(self) -> list[str] | None:
@@ -171,7 +163,7 @@ class Chat:
     def closes_answer(self, i: int) -> bool:
         """Whether a plain answer in place of message i prints a text behind its content; True where this is unknown."""
         answer = tracing.traced({"role": "assistant", "content": "x.x"}, tracing.Tag(i))
-        text = tracing.joined(self.try_chunks([*self.traced[:i], answer], False) or [])
+        text = tracing.joined(self.try_chunks([*self.traced[:i], answer]) or [])
         return not text[: len(text) - len(tracing.untagged_suffix(text))].rstrip().endswith("x.x")
 
     def refuse(self, i: int | None, what: str, place: int):
@@ -211,15 +203,14 @@ def encode_with_notes(tokenizer, messages, tools, chat_template, train_on="all",
         raise ValueError("the chat template prints nothing of what the assistant says")
     text, chosen = chat.text, chat.assistants if train_on == "all" else chat.assistants[-1:]
     chosen = [i for i in chosen if is_trained(messages[i], i)]
-    known = {*SWITCHES, *READ_KEYS}
-    unread = {name for m in messages for name, value in m.items() if value and name not in known}
-    notes = [f"nothing reads the key {n!r} of a message" for n in sorted(unread) if n not in chat_template]
+    keys = {name for message in messages for name, value in message.items() if value} - {*SWITCHES, *READ_KEYS}
+    notes = [f"nothing reads the key {name!r} of a message" for name in sorted(keys) if name not in chat_template]
     notes += notes_of(tokenizer, chat, turns, chosen) + [note for i in chosen for note in check_said(chat, i)]
-    if lacks_bos(tokenizer, text):
-        shift = len(tokenizer.bos_token)
-        text, turns = tokenizer.bos_token + text, [(i, start + shift, end + shift) for i, start, end in turns]
+    if not text.startswith(bos := own_bos(tokenizer)):
+        text, turns = bos + text, [(i, start + len(bos), end + len(bos)) for i, start, end in turns]
     last = turns[-1][0]
-    pieces = [(token_ids(tokenizer, text[: turns[0][1]], at_start=True), False)]  # (ids, whether they are trained)
+    ids = token_ids(tokenizer, text[: turns[0][1]], at_start=True)
+    labels = [IGNORE_INDEX] * len(ids)
     next_starts = [start for _, start, _ in turns[1:]] + [len(text)]
     for (i, start, end), next_start in zip(turns, next_starts, strict=True):
         turn = token_ids(tokenizer, text[start:end], at_start=start == 0)
@@ -236,9 +227,9 @@ def encode_with_notes(tokenizer, messages, tools, chat_template, train_on="all",
             turn = [*turn, tokenizer.eos_token_id]
         if i in chosen and turn[-1] not in special_ids(tokenizer):
             notes.append(f"a trained turn ends in no special token: {text[:end][-20:]!r}")
-        pieces += [(turn, i in chosen), (after, False)]
-    labels = [label for ids, trained in pieces for label in (ids if trained else [IGNORE_INDEX] * len(ids))]
-    return Encoded([index for ids, _ in pieces for index in ids], labels), list(dict.fromkeys(notes))
+        ids += turn + after
+        labels += (turn if i in chosen else [IGNORE_INDEX] * len(turn)) + [IGNORE_INDEX] * len(after)
+    return Encoded(ids, labels), list(dict.fromkeys(notes))
 
 
 def is_trained(message: dict, i: int) -> bool:
@@ -279,7 +270,7 @@ def takes_blocks(tokenizer, chat_template: str, role: str) -> bool:
         question, probed = {"role": "user", "content": content("Hi")}, {"role": role, "content": content("said")}
         messages = {"user": [probed], "system": [probed, question]}.get(role, [question, probed])
         chat = Chat(chat_template, messages, None, tokenizer.special_tokens_map)
-        printed.append(re.search("(?<!text.: .)said", "".join(chat.try_chunks(chat.messages, False) or [])))
+        printed.append(re.search("(?<!text.: .)said", "".join(chat.try_chunks(chat.messages) or [])))
     return bool(printed[1] and not printed[0])
 
 
@@ -292,7 +283,7 @@ def call_form(tokenizer, chat_template: str) -> tuple[str | None, type]:
         call = {"id": "a23456789", "type": "function", "function": {"name": "f", "arguments": arguments}}
         messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content, "tool_calls": [call]}]
         chat = Chat(chat_template, messages, None, tokenizer.special_tokens_map)
-        text = "".join(chat.try_chunks(chat.messages, False) or [])
+        text = "".join(chat.try_chunks(chat.messages) or [])
         if arguments in text if isinstance(arguments, str) else re.search("(?<!text': ')said", text):
             found[content, type(arguments)] = (isinstance(arguments, str), len(text))
     return min(found, key=found.get, default=("", dict))
@@ -318,7 +309,7 @@ def check_said(chat: Chat, i: int) -> list[str]:
     is_left_out = content.strip() and (texts or content.strip() not in said)
     if is_left_out and prints:  # Another part may have the same text. Does another content change what is printed?
         other = {**message, "content": "?" if isinstance(message["content"], str) else [{"type": "text", "text": "?"}]}
-        chunks = chat.try_chunks([*chat.messages[:i], other, *chat.messages[i + 1 :]], False)
+        chunks = chat.try_chunks([*chat.messages[:i], other, *chat.messages[i + 1 :]])
         is_left_out = chunks is not None and "".join(chunks) == chat.text
     missing = {"content"} if is_left_out else set()
     missing |= {"tool_calls" for c in calls if isinstance(c.get("arguments"), str) and c["arguments"] not in said}
@@ -372,18 +363,14 @@ def with_bos(tokenizer, chat_template: str) -> str:
     chat = Chat(chat_template, [{"role": "user", "content": "Hi"}], None, tokenizer.special_tokens_map)
     chunks = chat.try_chunks(chat.traced, True)
     # A template that refuses this conversation is judged by the dataset, row by row.
-    add = chunks is not None and lacks_bos(tokenizer, "".join(chunks))
-    return "{{- bos_token }}" + chat_template if add else chat_template
-
-
-def lacks_bos(tokenizer, text: str) -> bool:
-    return puts_bos(tokenizer) and not text.startswith(tokenizer.bos_token)
+    has_bos = chunks is None or "".join(chunks).startswith(own_bos(tokenizer))
+    return chat_template if has_bos else "{{- bos_token }}" + chat_template
 
 
 @functools.lru_cache(maxsize=8)
-def puts_bos(tokenizer) -> bool:
-    """Whether the tokenizer puts BOS in front of a text."""
-    return tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]
+def own_bos(tokenizer) -> str:
+    """The BOS that the tokenizer puts in front of a text; "" if it puts none."""
+    return tokenizer.bos_token if tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id] else ""
 
 
 @functools.lru_cache(maxsize=8)
@@ -417,17 +404,10 @@ def token_ids(tokenizer, text: str, at_start: bool) -> list[int]:
 @functools.lru_cache(maxsize=8)
 def without_prefix_space(tokenizer) -> tokenizers.Tokenizer | None:
     """The tokenizer without the space that it puts before a text; None if it puts none."""
-    serialized = tokenizer.backend_tokenizer.to_str()
-    state, no_space = json.loads(serialized), {"prepend_scheme": "never", "add_prefix_space": False}
-
-    def strip(part):
-        if isinstance(part, list):
-            return [strip(item) for item in part if not (isinstance(item, dict) and item.get("type") == "Prepend")]
-        if isinstance(part, dict):
-            return {name: no_space.get(name, strip(value)) for name, value in part.items()}
-        return part
-
-    for name in ("normalizer", "pre_tokenizer"):
-        kept = strip([state[name]])  # in a list, so that a Prepend that stands alone goes too
-        state[name] = kept[0] if kept else None
-    return tokenizers.Tokenizer.from_str(json.dumps(state)) if state != json.loads(serialized) else None
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts = {name: state[name] for name in ("normalizer", "pre_tokenizer")}
+    no_space = {"prepend_scheme": "never", "add_prefix_space": False, "prepend": ""}
+    without = json.loads(
+        json.dumps(parts), object_hook=lambda part: {name: no_space.get(name, part[name]) for name in part}
+    )
+    return tokenizers.Tokenizer.from_str(json.dumps(state | without)) if without != parts else None

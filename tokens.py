@@ -23,14 +23,9 @@ import spans
 import templates
 import tracing
 
-IDS = datasets.List(datasets.Value("int32"))
-FEATURES = datasets.Features(
-    {
-        **{"input_ids": IDS, "labels": IDS, "trained_tokens": datasets.Value("int32")},
-        **{"digest": datasets.Value("binary"), "notes": datasets.List(datasets.Value("string"))},
-        "is_text": datasets.Value("bool"),  # a document, which may be cut into pieces
-    }
-)
+IDS, NOTES = datasets.List(datasets.Value("int32")), datasets.List(datasets.Value("string"))
+FEATURES = datasets.Features(input_ids=IDS, labels=IDS, trained_tokens=datasets.Value("int32"), notes=NOTES)
+FEATURES.update(digest=datasets.Value("binary"), is_text=datasets.Value("bool"))  # a text may be cut into pieces
 
 
 # ---- tokenizer and chat template -------------------------------------------------------------------------------------
@@ -66,16 +61,15 @@ def open_native(auto_class, name: str, revision: str | None):
 def choose_template(cfg, tokenizer, entries: list[data.MixtureEntry]) -> str | None:
     """The chat template that is trained and saved: that of the configuration, else of the datasets, else of the
     tokenizer, which may have none."""
-    requested = cfg.tokenizer.chat_template
+    chat_template = cfg.tokenizer.chat_template
     brought = {entry.dataset.task_spec.custom_template for entry in entries}
-    if not requested and len(brought) > 1:
+    if not chat_template and len(brought) > 1:
         raise ValueError("the datasets bring different chat templates: set tokenizer.chat_template")
-    if requested and requested.endswith(".jinja"):
-        chat_template = Path(requested).read_text(encoding="utf-8-sig")
-    elif requested == "tokenizer":
+    chat_template = chat_template or brought.pop() or "tokenizer"
+    if chat_template.endswith(".jinja"):
+        chat_template = Path(chat_template).read_text(encoding="utf-8-sig")
+    elif chat_template == "tokenizer":
         chat_template = tokenizer.chat_template
-    else:
-        chat_template = requested or brought.pop() or tokenizer.chat_template
     if chat_template is None:  # An error where a row is a chat.
         return None
     if not isinstance(chat_template, str) or "{" not in chat_template:
@@ -141,11 +135,11 @@ def tokenize(rows, name: str, tokenizer, chat_template: str, train_on: str, cach
     if parallel:
         multiprocess.set_start_method("fork", force=True)
     job = rows, name, tokenizer, chat_template, train_on, date
-    tokens = datasets.Dataset.from_dict({"i": np.arange(len(rows))}).map(
+    dataset = datasets.Dataset.from_dict({"i": np.arange(len(rows))}).map(
         tokenize_row, remove_columns=["i"], features=FEATURES, num_proc=workers if parallel else None,
         cache_file_name=str(cache / f"{key}.arrow"), new_fingerprint=key, desc=f"tokenizing {name}",
     )  # fmt: skip
-    paths = [file["filename"] for file in tokens.cache_files]
+    paths = [file["filename"] for file in dataset.cache_files]
     for path in paths:
         with contextlib.suppress(OSError):  # Only their owner may. Not every disk notes by itself when a file is read.
             os.utime(path, ns=(time.time_ns(), os.stat(path).st_mtime_ns))
@@ -189,23 +183,15 @@ def tokenize_row(row: dict) -> dict:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # One thread for each worker.
     rows, *options = job
     encoded, notes, is_text = encode_row(rows, row["i"], *options)
-    input_ids, labels = (np.array(ids, dtype=np.int32) for ids in encoded)
-    digest = hashlib.sha256(input_ids.tobytes() + labels.tobytes()).digest()
-    found = {"trained_tokens": count_trained(labels), "digest": digest, "notes": notes}
-    return {"input_ids": input_ids, "labels": labels, "is_text": is_text, **found}
+    input_ids, labels = np.array(encoded, dtype=np.int32)
+    digest, trained = hashlib.sha256(input_ids.tobytes() + labels.tobytes()).digest(), count_trained(labels)
+    found = {"trained_tokens": trained, "digest": digest, "notes": notes, "is_text": is_text}
+    return {"input_ids": input_ids, "labels": labels, **found}
 
 
 def count_trained(labels: np.ndarray) -> int:
     """How many tokens of a document are trained; its first token is never predicted."""
     return int(np.count_nonzero(labels[1:] != templates.IGNORE_INDEX))
-
-
-def cut(lengths: np.ndarray, is_text: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(row, start, end) of each example, int64: the documents that are text are cut into pieces of `size` tokens."""
-    pieces = np.where(is_text, np.maximum(1, -(-lengths // size)), 1)
-    rows = np.repeat(np.arange(len(lengths)), pieces)
-    starts = (np.arange(len(rows)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * size
-    return rows, starts, np.minimum(lengths[rows], np.where(is_text[rows], starts + size, lengths[rows]))
 
 
 class TokenizedDataset:
@@ -224,8 +210,7 @@ class TokenizedDataset:
         for name, paths in zip(names, files, strict=True):
             table = datasets.concatenate_datasets([datasets.Dataset.from_file(path) for path in paths]).data
             input_ids, labels = table.column("input_ids"), table.column("labels")
-            lengths = pyarrow.compute.list_value_length(input_ids).to_numpy()
-            trained = table.column("trained_tokens").to_numpy().copy()  # Else it is read-only.
+            lengths = pyarrow.compute.list_value_length(input_ids).to_numpy().astype(np.int64)
             digest.update(b"".join(table.column("digest").to_pylist()))
             rows = collections.defaultdict(list)  # by kind of note: the rows that have it, as "17: example"
             for row, notes in enumerate(table.column("notes").to_pylist()):
@@ -233,16 +218,16 @@ class TokenizedDataset:
                     rows[kind].append(f"{row}: {example}" if example else f"{row}")
             self.notes += [f"{kind} ({len(r):,} rows of {name}; row {r[0]})" for kind, r in rows.items()]
             is_text = table.column("is_text").to_numpy()
-            row_ids, starts, ends = cut(lengths.astype(np.int64), is_text, max_seq_length)
-            lengths = (ends - starts).astype(np.int32)
-            trained = np.where(is_text[row_ids], lengths - 1, trained[row_ids])
+            pieces = np.where(is_text, np.maximum(1, -(-lengths // max_seq_length)), 1)  # of each row
+            row_ids = np.repeat(np.arange(len(lengths)), pieces)
+            starts = (np.arange(len(row_ids)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * max_seq_length
+            lengths = lengths[row_ids] - starts
+            lengths = np.where(is_text[row_ids], np.minimum(lengths, max_seq_length), lengths).astype(np.int32)
+            trained = np.where(is_text[row_ids], lengths - 1, table.column("trained_tokens").to_numpy()[row_ids])
             too_long = lengths > max_seq_length
             if overlong == "error" and too_long.any():
-                row, rule = (
-                    row_ids[too_long.argmax()],
-                    f"data.max_seq_length = {max_seq_length} or data.overlong = error",
-                )
-                raise ValueError(f"{name}: row {row} has {lengths[too_long.argmax()]} tokens: change {rule}")
+                i, rule = too_long.argmax(), f"data.max_seq_length = {max_seq_length} or data.overlong = error"
+                raise ValueError(f"{name}: row {row_ids[i]} has {lengths[i]} tokens: change {rule}")
             if overlong == "truncate":
                 lengths = np.minimum(lengths, max_seq_length)
                 for i in np.flatnonzero(too_long).tolist():
@@ -251,15 +236,9 @@ class TokenizedDataset:
             chosen = fits & (trained > 0)
             self.columns.append((input_ids, labels))
             kept.append((row_ids[chosen], starts[chosen], lengths[chosen], trained[chosen]))
-            self.totals.append(
-                {
-                    "conversations": int(chosen.sum()),
-                    "tokens": int(lengths[chosen].sum(dtype=np.int64)),
-                    "trained_tokens": int(trained[chosen].sum(dtype=np.int64)),
-                    "overlong": int(too_long.sum()),
-                    "nothing_to_train": int((fits & (trained <= 0)).sum()),
-                }
-            )
+            total = {"conversations": chosen, "tokens": lengths[chosen], "trained_tokens": trained[chosen]}
+            total |= {"overlong": too_long, "nothing_to_train": fits & (trained <= 0)}
+            self.totals.append({key: int(values.sum(dtype=np.int64)) for key, values in total.items()})
         self.row_ids, self.starts, self.lengths, self.trained_tokens = map(np.concatenate, zip(*kept, strict=True))
         self.counts = [total["conversations"] for total in self.totals]
         self.ends, self.digest = np.cumsum(self.counts), digest.hexdigest()
@@ -276,9 +255,7 @@ class TokenizedDataset:
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """(input_ids, labels) of example i, int32 (tokens,), read-only."""
         row, start, end = int(self.row_ids[i]), self.starts[i], self.starts[i] + self.lengths[i]
-        columns = self.columns[self.dataset_index(i)]
-        input_ids, labels = (column[row].values.to_numpy()[start:end] for column in columns)
-        return input_ids, labels
+        return tuple(column[row].values.to_numpy()[start:end] for column in self.columns[self.dataset_index(i)])
 
     def dataset_index(self, i: int) -> int:
         return int(np.searchsorted(self.ends, i, side="right"))

@@ -10,7 +10,6 @@ operation gets one tag for all of it, at worst UNTRACKED, with which the convers
 
 import functools
 import itertools
-import json
 from typing import NamedTuple
 
 import jinja2
@@ -60,9 +59,12 @@ class Traced(str):
     def __str__(self):
         return self  # `str` of it would forget the runs, and Jinja calls that for everything it prints
 
-    def cut(self, start: int, stop: int):
-        """The characters from `start` (0 or more) up to `stop`."""
-        if start <= 0 and stop >= len(self):
+    def __getitem__(self, key):
+        text = str.__getitem__(self, key)
+        start, stop, step = (key if isinstance(key, slice) else slice(key, key + 1 or None)).indices(len(self))
+        if step != 1:
+            return approximate(text, self)
+        if len(text) == len(self):
             return self
         runs, position = [], 0
         for length, tag in self.runs:
@@ -70,14 +72,7 @@ class Traced(str):
             if first < last:
                 runs.append((last - first, tag))
             position += length
-        return Traced(str.__getitem__(self, slice(start, max(start, stop))), runs)
-
-    def __getitem__(self, key):
-        if not isinstance(key, slice):
-            position = range(len(self))[key]  # which counts negative ones from the end, and raises what `str` raises
-            return self.cut(position, position + 1)
-        start, stop, step = key.indices(len(self))
-        return self.cut(start, stop) if step == 1 else approximate(str.__getitem__(self, key), self)
+        return Traced(text, runs)
 
     def __iter__(self):
         return (self[position] for position in range(len(self)))
@@ -89,10 +84,10 @@ class Traced(str):
         return Traced(str.__add__(other, self), runs_of(other) + self.runs)
 
     def lstrip(self, chars=None):
-        return self.cut(len(self) - len(str.lstrip(self, chars)), len(self))
+        return self[len(self) - len(str.lstrip(self, chars)) :]
 
     def rstrip(self, chars=None):
-        return self.cut(0, len(str.rstrip(self, chars)))
+        return self[: len(str.rstrip(self, chars))]
 
     def strip(self, chars=None):
         return self.lstrip(chars).rstrip(chars)
@@ -103,18 +98,15 @@ class Traced(str):
             return [approximate(text, self) for text in texts]
         pieces, start = [], 0
         for text in texts:
-            pieces.append(self.cut(start, start + len(text)))
+            pieces.append(self[start : start + len(text)])
             start += len(text) + len(sep)
         return pieces
 
     def replace(self, old, new, count=-1):
-        if not old:  # `new` goes between all characters
-            return approximate(str.replace(self, old, new, count), self, new)
         return as_traced(new).join(self.split(old, count))
 
     def join(self, values):
-        # The string itself goes before each value but the first.
-        return joined([piece for k, value in enumerate(values) for piece in ((self, value) if k else (value,))])
+        return joined([piece for value in values for piece in (self, value)][1:])
 
 
 def runs_of(text: str) -> list:
@@ -125,18 +117,14 @@ def runs_of(text: str) -> list:
     return [(len(text), PLAIN if type(text) is str else Tag(UNTRACKED))] if text else []
 
 
-def as_traced(value) -> Traced:
-    return joined([value])
-
-
 def joined(pieces) -> Traced:
     """The texts of the pieces one after the other, with their runs."""
-    pieces = [as_text(piece) for piece in pieces]
+    pieces = [piece if isinstance(piece, str) else approximate(str(piece), piece) for piece in pieces]
     return Traced("".join(pieces), [run for piece in pieces for run in runs_of(piece)])
 
 
-def as_text(value) -> str:
-    return value if isinstance(value, str) else approximate(str(value), value)
+def as_traced(value) -> Traced:
+    return value if type(value) is Traced else joined([value])
 
 
 def untagged_suffix(text: Traced) -> str:
@@ -245,16 +233,10 @@ def tags_in(value) -> set[Tag]:
 def messages_of(value) -> set[int]:
     """The messages that a value belongs to. A list or dict that the template itself made belongs to those whose values
     it holds."""
-    kind = type(value)
-    if kind is Dict or kind is List:
-        sources = (value.tag.source,)
-    elif kind is Traced:
-        sources = (tag.source for _, tag in value.runs)
-    elif isinstance(value, (dict, list, tuple)):
-        return set().union(*map(messages_of, value.values() if isinstance(value, dict) else value))
-    else:
-        return {value.source} if kind is Tag else set()  # a Tag comes from `single_message`
-    return {source for source in sources if source >= 0}
+    if type(value) is Tag:  # from `single_message`
+        return {value.source}
+    tags = [value.tag] if type(value) in (Dict, List) else tags_in(value)
+    return {tag.source for tag in tags if tag.source >= 0}
 
 
 def current_messages(candidates) -> list[int]:
@@ -274,7 +256,7 @@ def tag_output(value, *candidates):
     """A printed value. The current message becomes the printer of what has none yet.
 
     The output of a macro, or of a {% set %} block, has one already: it was printed there first."""
-    value, messages = as_text(value), current_messages(candidates)
+    value, messages = value if isinstance(value, str) else as_traced(value), current_messages(candidates)
     if not messages:  # as in {{ messages[0].content }}, before the loop
         return with_hint(value, {tag.source for _, tag in runs_of(value) if tag.source >= 0})
     inner, outer = messages[0], messages[-1]
@@ -326,10 +308,7 @@ class OutputTagger(NodeTransformer):
 
     def visit_Output(self, node, candidates):
         for k, child in enumerate(node.nodes):
-            if not isinstance(child, nodes.TemplateData):
-                node.nodes[k] = filtered(self.visit(child, candidates), "__tag_output", candidates)
-            elif candidates:  # text between tags; without candidates it needs no tag, as no message prints it
-                node.nodes[k] = filtered(nodes.Const(child.data), "__tag_output", candidates)
+            node.nodes[k] = filtered(self.visit(child, candidates), "__tag_output", candidates)
         return node
 
     def visit_Assign(self, node, candidates):
@@ -428,12 +407,6 @@ def join(environment, value, d="", attribute=None):
     return as_traced(d).join(items)
 
 
-def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    """As transformers defines it: Jinja's own escapes the characters of HTML."""
-    text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    return approximate(text, value)
-
-
 # Filters of Jinja that pass on values which they are given, or return numbers.
 SAFE_FILTERS = (
     "abs attr batch count d default dictsort first float groupby int items last length list map max min random reject "
@@ -442,11 +415,10 @@ SAFE_FILTERS = (
 OWN_FILTERS = {
     "join": join,
     "replace": lambda text, old, new, count=-1: as_traced(text).replace(old, new, count),
-    "string": as_text,
+    "string": as_traced,
     "format": lambda form, *values, **named: as_traced(form) % (named or values),
     "safe": lambda value: value,  # nothing is escaped in chat templates
-    "tojson": tojson,
-    "trim": lambda value, chars=None: as_text(value).strip(chars),
+    "trim": lambda value, chars=None: as_traced(value).strip(chars),
     "__tag_output": tag_output,
     "__tag_stored": tag_stored,
     "__single_message": single_message,
@@ -464,6 +436,7 @@ def compile_template(chat_template: str) -> tuple[jinja2.Template, jinja2.Templa
         # This function is private, but with it the text is by construction what `apply_chat_template` renders.
         plain = chat_template_utils._compile_jinja_template(chat_template)
         environment.globals.update(plain.environment.globals)  # `raise_exception`, a safe `namespace`, ...
+        environment.filters["tojson"] = approximated(plain.environment.filters["tojson"])
         following = environment.from_string(chat_template)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"the chat template is not valid Jinja, line {error.lineno}: {error.message}") from None
