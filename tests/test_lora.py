@@ -158,7 +158,7 @@ def test_a_run_with_dropout_repeats_and_resumes_bitwise(trained, arguments, tmp_
 @pytest.mark.parametrize("overrides", [["parallel.strategy=ddp"], ["parallel.strategy=fsdp"]])
 def test_the_losses_do_not_depend_on_the_number_of_ranks(arguments, tmp_path, overrides):
     for name, processes in (("one", 1), ("two", 2)):
-        run(*arguments, *overrides, f"output_dir={tmp_path}/{name}", processes=2)
+        run(*arguments, *overrides, f"output_dir={tmp_path}/{name}", processes=processes)
     for name in ("train/loss", "train/grad_norm", "val/loss"):
         assert metrics(tmp_path / "two", name) == pytest.approx(metrics(tmp_path / "one", name), rel=1e-5)
     a, b = (load_file(tmp_path / name / "model/adapter_model.safetensors") for name in ("one", "two"))
@@ -260,7 +260,7 @@ def test_embeddings_and_added_tokens_train_beside_an_adapter(with_embeddings, ba
 def test_added_tokens_under_fsdp_and_after_a_resume(arguments, tmp_path, overrides):
     for name, strategy, processes in (("one", "auto", 1), ("two", "fsdp", 2)):
         options = [*arguments, *overrides, f"parallel.strategy={strategy}", f"output_dir={tmp_path}/{name}"]
-        run(*options, processes=2)
+        run(*options, processes=processes)
     run(*options[:-1], f"output_dir={tmp_path}/again", "train.max_steps=2", processes=2)
     run(*options[:-1], f"output_dir={tmp_path}/again", processes=2)
     assert metrics(tmp_path / "again") == metrics(tmp_path / "two")
