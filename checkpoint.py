@@ -1,5 +1,4 @@
-"""Checkpoints: write, find, load, rotate, export; the run folder and its lock.
-A checkpoint is written under another name, flushed, and renamed: a folder called `step_*` is complete.
+"""Checkpoints: write, find, load, rotate, export; the run folder. What is called `step_*` is complete: it was renamed.
 
 python checkpoint.py FOLDER/step_00000010 DIR  # makes a model folder of its state/ (a LoRA adapter is merged)
 python checkpoint.py FOLDER/model DIR          # merges a LoRA adapter into its base
@@ -34,8 +33,7 @@ from export import export, meta_model, repair_generation, verify_export
 from lora import merge_adapter, open_adapter
 from model import is_sharded, stop_ids_of
 
-# A single process is fine. For all threads, because a filter cannot be set for one.
-warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
+warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")  # A single process is fine.
 
 # What may change between two launches of one run: it changes neither the batches nor the model.
 RESUME_SAFE_KEYS = (
@@ -78,17 +76,15 @@ def run_state(output_dir: Path, key: str = "state"):
 
 
 def find_model(name: str) -> str:
-    """Return the model that a folder holds: a run's newest, a checkpoint's, or the folder itself. What is no folder is
-    returned as it is: a name on the Hub."""
+    """Return the model that a folder holds: a run's newest, a checkpoint's, or the folder itself."""
     folder = Path(name)
-    if not folder.is_dir() or any(folder.glob("*config.json")):
+    if not folder.is_dir() or any(folder.glob("*config.json")):  # not a folder: a name on the Hub
         return name
-    if run_state(folder) == "finished":
-        return str(folder / "model")
-    found = [path for path in (folder, *find(folder)) if (path / "model").is_dir()]
+    places = [*find(folder), folder] if run_state(folder) == "finished" else [folder, *find(folder)]
+    found = [path / "model" for path in places if (path / "model").is_dir()]
     if not found:
         raise ValueError(f"{name} holds no model and no complete checkpoint")
-    return str(found[-1] / "model")
+    return str(found[-1])
 
 
 # ---- the run folder --------------------------------------------------------------------------------------------------
@@ -136,8 +132,7 @@ def differing_keys(old: dict, new: dict) -> list[str]:
 
 
 def check_resume(folder: Path, steps: int, digest: str) -> int:
-    """Return the step of a checkpoint. Raises ValueError where the run ends before it, or it was trained on other
-    tokens than those of `digest`."""
+    """Return the step of a checkpoint, which must not be past the run's last one, nor of other data than `digest`."""
     if step_of(folder) > steps:
         raise ValueError(f"{folder} is past the end of the run, step {steps}: raise train.max_steps or max_epochs")
     if read_info(folder)["data"] != digest:
@@ -146,9 +141,9 @@ def check_resume(folder: Path, steps: int, digest: str) -> int:
 
 
 def open_run_folder(cfg: dict, launched: float):
-    """Make the run folder, lock it (waiting while another process has it), and remove what a killed run left, and a
-    STOP file from before `launched` (seconds since the epoch). Returns (lock, launch_id, resume_from): a file, which
-    holds the lock while it is open; what `wait_for_run_folder` looks for; the newest complete checkpoint or None."""
+    """Make the run folder, lock it (waiting while another process has it), and remove what a killed run left and a STOP
+    file older than `launched` (seconds since the epoch). Returns (the lock, a file that holds it while open; the token
+    for `wait_for_run_folder`; the newest checkpoint or None)."""
     output_dir = Path(cfg["output_dir"])
     output_dir.mkdir(parents=True, exist_ok=True)
     lock = open(output_dir / ".lock", "a", encoding="utf-8")
@@ -159,7 +154,7 @@ def open_run_folder(cfg: dict, launched: float):
             print(f"waiting for another process that trains in {output_dir} to end", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
     resume_from, _ = find_resume_checkpoint(cfg)  # now nobody else writes there
-    token = f"{os.uname().nodename} {os.getpid()} {time.time()}"
+    token = str(time.time_ns())
     write_atomically(output_dir / ".launch", token)
     for leftover in [*output_dir.glob("checkpoints/unfinished_*"), *output_dir.glob("unfinished_*")]:
         shutil.rmtree(leftover)
@@ -177,8 +172,7 @@ def wait_for_run_folder(output_dir: Path, token: str):
             if (output_dir / ".launch").read_text(encoding="utf-8") == token:
                 return
         time.sleep(1)
-    node = os.uname().nodename
-    raise ValueError(f"output_dir = {output_dir}: {node} does not see what rank 0 writes there; use shared storage")
+    raise ValueError(f"output_dir = {output_dir}: {os.uname().nodename} does not see rank 0's files; share the folder")
 
 
 # ---- write -----------------------------------------------------------------------------------------------------------
@@ -252,9 +246,8 @@ def state_of(model, optimizer) -> dict[str, torch.Tensor]:
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints, one at a time; every rank has one. With `async_save` a thread writes, and the loop
-    waits only for a copy in host memory. `keep`: so many of the best by val/loss, besides the newest; `meta_model`: the
-    model as it is to be exported, on the meta device."""
+    """Writes a run's checkpoints, one at a time; every rank has one. `async_save`: the loop waits for a copy in host
+    memory alone; `keep`: so many of the best by val/loss, besides the newest; `meta_model`: see `export.meta_model`."""
 
     def __init__(self, output_dir: Path, keep: int, async_save: bool, meta_model, tokenizer, stop_ids: list[int]):
         self.output_dir, self.keep, self.async_save = output_dir, keep, async_save
@@ -264,8 +257,7 @@ class CheckpointWriter:
         # A stream of the thread's own: in the default one it would wait for the training's kernels.
         self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
         # A group of its own: its messages run beside the loop's.
-        one_day = datetime.timedelta(days=1)
-        self.group = dist.new_group(backend="gloo", timeout=one_day) if dist.is_initialized() else None
+        self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(1)) if dist.is_initialized() else None
 
     def save(self, step: int, model, optimizer, info: dict):
         """Start to write a checkpoint with `info` in metrics.json. Every rank calls it, once the last one is `done`."""
@@ -340,8 +332,7 @@ class CheckpointWriter:
 
 
 def load(folder: Path, model, optimizer, base: str | None = None):
-    """Read a checkpoint into model and optimizer, in place, on any number of ranks. Raises ValueError if it cannot, or
-    if the checkpoint holds an adapter of another Hub commit than `base`."""
+    """Read a checkpoint into model and optimizer, on any number of ranks. `base`: the Hub commit that it must adapt."""
     if (trained_on := read_info(folder).get("base")) != base:
         raise ValueError(f"{folder} adapts the commit {trained_on}, not {base}: set model.revision={trained_on}")
     read_state(folder, state_of(model, optimizer), no_dist=not dist.is_initialized())
@@ -363,8 +354,7 @@ def read_parameters(folder: Path, meta_model=None) -> dict[str, torch.Tensor]:
 
 
 def read_state(folder: Path, state: dict[str, torch.Tensor], no_dist: bool):
-    """Read tensors of a checkpoint in place. Raises ValueError if one is not there, or not all of it: DCP itself leaves
-    what it does not find as it is."""
+    """Read tensors of a checkpoint in place. Raises ValueError where one is not all there, which DCP lets pass."""
     reader = dcp.HuggingFaceStorageReader(folder / "state")
     try:
         metadata = reader.read_metadata().state_dict_metadata
@@ -373,17 +363,16 @@ def read_state(folder: Path, state: dict[str, torch.Tensor], no_dist: bool):
                 raise ValueError(f"a part of {name} is missing")
         dcp.load(state, storage_reader=reader, no_dist=no_dist)
     except (Exception, dcp.CheckpointException) as error:
-        reason = f"{reader.path} cannot be read: {cause(error)}. Move {folder} away to resume without it"
-        raise ValueError(reason) from None
+        raise ValueError(f"{reader.path} cannot be read: {cause(error)}. Move {folder} away to go without it") from None
 
 
 def make_model_folder(folder: Path, target: Path, merge: bool):
-    """Make a model folder of a checkpoint's state/, or of the folder of a LoRA adapter; open it as a user does, and
-    compare all parameters. `merge`: an adapter is merged into its base."""
+    """Make a model folder of a checkpoint's state/, or of a LoRA adapter's folder, and verify all parameters. `merge`:
+    an adapter is merged into its base."""
     is_checkpoint = (folder / "state").is_dir()
     # Configuration and tokenizer: of the checkpoint's model/, or of another one's where its export has failed.
-    models = [folder / "model", *folder.parent.glob("step_*/model")] if is_checkpoint else [folder]
-    source = next((path for path in models if path.is_dir()), models[0])
+    models = [folder / "model", *folder.parent.glob("step_*/model")] if is_checkpoint else []
+    source = next(filter(Path.is_dir, models), folder)
     is_adapter = (source / "adapter_config.json").is_file()
     params = read_parameters(folder) if is_adapter and is_checkpoint else None
     unfinished = target.with_name(f"unfinished_{target.name}")
@@ -395,12 +384,12 @@ def make_model_folder(folder: Path, target: Path, merge: bool):
             model = open_adapter(source, "auto", params=params)
             merge_adapter(model)
             meta, params = meta_model(model.config, model.generation_config, model.dtype), model.state_dict()
+            for note in repair_generation(meta.generation_config):
+                print(f"{source}/generation_config.json: {note}")
         else:
             hf_config, generation_config = AutoConfig.from_pretrained(source), GenerationConfig.from_pretrained(source)
             meta = meta_model(hf_config, generation_config, hf_config.dtype)
             params = read_parameters(folder, meta)
-        for note in repair_generation(meta.generation_config):
-            print(f"{source}/generation_config.json: {note}")
         tokenizer = AutoTokenizer.from_pretrained(source)
         export(meta, params, tokenizer, stop_ids_of(meta, tokenizer), unfinished)
     verify_export(unfinished, params)
@@ -418,11 +407,11 @@ def write_card(folder: Path, run: Path, info: dict):
     cfg = config.load(str(run / "config.yaml"), [])
     mixture = cfg.data.dataset if isinstance(cfg.data.dataset, list) else [{"dataset": cfg.data.dataset}]
     names = [cfg.model.name, *(entry["dataset"] for entry in mixture)]
-    on_hub = [re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not Path(name).exists() for name in names]
-    base, *data = [name if hub else Path(name).name for name, hub in zip(names, on_hub, strict=True)]
+    on_hub = {name for name in names if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not Path(name).exists()}
+    base, *data = [name if name in on_hub else Path(name).name for name in names]
     metadata = ModelCardData(library_name="transformers", pipeline_tag="text-generation")
-    metadata.base_model = base if "/" in base and not cfg.model.from_scratch else None
-    metadata.datasets = [name for name in data if "/" in name] or None
+    metadata.base_model = base if base in on_hub and not cfg.model.from_scratch else None
+    metadata.datasets = [name for name in data if name in on_hub] or None
     rows = {"base model": f"{base}{' (random parameters)' * cfg.model.from_scratch}", "data": ", ".join(data)}
     rows |= {name: value for name, value in info.items() if name not in ("data", "base")} | vars(cfg.train)
     rows |= {"seed": cfg.seed, "max_seq_length": cfg.data.max_seq_length, "LoRA rank": cfg.model.lora.rank}

@@ -1,6 +1,5 @@
 """Model folders, as transformers and serving engines open them: tried before training, written, opened again."""
 
-import contextlib
 import copy
 import json
 import shutil
@@ -8,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import lora
@@ -18,8 +17,7 @@ ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")  # T
 
 
 def meta_model(hf_config, generation_config, dtype: torch.dtype, adapter: dict | None = None):
-    """The model of a transformers configuration on the meta device, as it is to be saved. `adapter`: its LoRA's, see
-    `lora.adapter_config`."""
+    """The model of a configuration on the meta device, as it is to be saved. `adapter`: see `lora.adapter_config`."""
     hf_config = type(hf_config).from_dict(hf_config.to_dict())
     hf_config.use_cache, hf_config.dtype = True, dtype
     with torch.device("meta"):
@@ -32,7 +30,7 @@ def meta_model(hf_config, generation_config, dtype: torch.dtype, adapter: dict |
 
 def repair_generation(generation: GenerationConfig) -> list[str]:
     """Change, in place, what transformers opens in a generation_config.json but refuses to save. Returns what was."""
-    notes, before = [], generation.do_sample
+    notes = []
     if (generation.pad_token_id or 0) < 0:
         notes.append(f"pad_token_id: {generation.pad_token_id} is dropped")
         generation.pad_token_id = None
@@ -40,11 +38,10 @@ def repair_generation(generation: GenerationConfig) -> list[str]:
         if getattr(generation, name, None):
             notes.append(f"{name}: {getattr(generation, name)} is dropped, which only beams read")
             setattr(generation, name, None)
-    for generation.do_sample in (before, True, before):  # The last: something else is wrong, as `try_export` says.
-        with contextlib.suppress(ValueError):
-            generation.validate(strict=True)
-            break
-    if generation.do_sample != before:
+    try:
+        generation.validate(strict=True)
+    except ValueError:  # If something else is wrong, `try_export` says so.
+        generation.do_sample = True
         notes.append("do_sample: true is set, which its values for sampling need")
     return notes
 
@@ -59,28 +56,24 @@ def try_export(meta, tokenizer, stop_ids: list[int], output_dir: Path):
         if kind in kinds:
             del layers[i]
         kinds.add(kind)
-    is_adapter, saved = hasattr(meta, "adapter_config"), meta.state_dict().keys()
-    kept = [*meta.named_parameters(), *([] if is_adapter else meta.named_buffers())]
-    kept = [(name, t) for name, t in kept if name in saved and (t.requires_grad or not is_adapter)]
+    is_adapter, saved = hasattr(meta, "adapter_config"), meta.state_dict(keep_vars=True)
+    zeros = {name: torch.zeros_like(t, device="cpu") for name, t in saved.items() if t.requires_grad or not is_adapter}
     probe = f"{tokenizer.chat_template} {' '.join(tokenizer.all_special_tokens)}"
     with tempfile.TemporaryDirectory(prefix="unfinished_trial_", dir=output_dir) as folder:
         folder = Path(folder) / "model"
         try:
-            export(meta, {name: torch.zeros_like(t, device="cpu") for name, t in kept}, tokenizer, stop_ids, folder)
+            export(meta, zeros, tokenizer, stop_ids, folder)
             GenerationConfig.from_pretrained(folder)
             reopened = AutoTokenizer.from_pretrained(folder)
             if reopened.chat_template != tokenizer.chat_template or reopened(probe) != tokenizer(probe):
                 raise ValueError("the saved tokenizer gives other tokens")
-            if is_adapter:
-                load_file(folder / "adapter_model.safetensors")
-            else:
+            if not is_adapter:
                 wrong = open_on_paper(folder, AutoConfig.from_pretrained(folder))
-                wrong = wrong["unexpected_keys"] | wrong["mismatched_keys"] | (wrong["missing_keys"] & saved)
+                wrong = wrong["unexpected_keys"] | wrong["mismatched_keys"] | (wrong["missing_keys"] & saved.keys())
                 if wrong:
                     raise ValueError(f"the saved parameters do not open again: {sorted(map(str, wrong))[:3]}")
         except Exception as error:
-            fix = "correct its folder, or a copy of it as model.name"
-            raise ValueError(f"tried before training: this model cannot be saved: {error}; {fix}") from error
+            raise ValueError(f"this model cannot be saved: {error}; correct its folder, or a copy of it") from error
 
 
 def export(meta, params: dict, tokenizer, stop_ids: list[int], folder: Path):
@@ -93,8 +86,7 @@ def export(meta, params: dict, tokenizer, stop_ids: list[int], folder: Path):
     generation.pad_token_id = generation.pad_token_id if generation.pad_token_id is not None else stop_ids[0]
     tokenizer.save_pretrained(folder)
     if hasattr(meta, "adapter_config"):
-        text = json.dumps(meta.adapter_config, indent=2) + "\n"
-        (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+        (folder / "adapter_config.json").write_text(json.dumps(meta.adapter_config), encoding="utf-8")
         save_file(lora.peft_parameters(meta, params), folder / "adapter_model.safetensors")
         generation.save_pretrained(folder)
     else:
@@ -109,24 +101,19 @@ def export(meta, params: dict, tokenizer, stop_ids: list[int], folder: Path):
 
 def add_older_names(folder: Path):
     """Write what engines on transformers 4 read beside the names of transformers 5, and nothing of this machine."""
-    path = folder / "config.json"
-    if path.is_file():  # An adapter has none.
-        hf_config = json.loads(path.read_text(encoding="utf-8"))
-        for part in (hf_config, *(v for v in hf_config.values() if isinstance(v, dict) and "model_type" in v)):
-            part.pop("_name_or_path", None)
+    for path in folder.glob("*config.json"):
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        for part in (settings, *(v for v in settings.values() if isinstance(v, dict) and "model_type" in v)):
+            for name in ("_name_or_path", "name_or_path", "is_local", "local_files_only"):
+                part.pop(name, None)
             part |= {"torch_dtype": part["dtype"]} if part.get("dtype") else {}
             part |= older_rope(part.get("rope_parameters") or {})
             part |= {"num_experts": part["num_local_experts"]} if part.get("num_local_experts") else {}
-        path.write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("is_local", "local_files_only", "name_or_path"):
-        settings.pop(name, None)
-    if settings.get("tokenizer_class") == "TokenizersBackend":
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(settings.get("extra_special_tokens"), list):  # transformers 4 knows only a dict of that name.
-        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
-    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if settings.get("tokenizer_class") == "TokenizersBackend":
+            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if isinstance(settings.get("extra_special_tokens"), list):  # transformers 4 knows only a dict of that name.
+            settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def older_rope(rope: dict) -> dict:
@@ -134,13 +121,13 @@ def older_rope(rope: dict) -> dict:
     older = {}
     if rope.keys() == {"full_attention", "sliding_attention"}:  # As Gemma 3.
         sliding, rope = rope["sliding_attention"], rope["full_attention"]
-        older["rope_local_base_freq"] = sliding.get("rope_theta")
         if sliding.get("rope_type") != "default":
             return {}
+        older["rope_local_base_freq"] = sliding.get("rope_theta")
     if "rope_theta" not in rope or rope.get("rope_type") not in ROPE_TYPES:
         return {}
-    scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
-    older |= {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    scaling = dict(rope)
+    older |= {name: scaling.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rope}
     return older | {"rope_scaling": None if scaling == {"rope_type": "default"} else scaling}
 
 

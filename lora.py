@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import operator
 import re
 from pathlib import Path
 
@@ -14,11 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 # The keys of an adapter_config.json that are read here, or that do not change what is computed.
-PEFT_KEYS = (
-    "peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "bias",
-    "target_modules", "inference_mode", "init_lora_weights", "auto_mapping", "peft_version", "megatron_core",
-    "qalora_group_size", "runtime_config", "modules_to_save",
-)  # fmt: skip
+PEFT_KEYS = """peft_type task_type base_model_name_or_path revision r lora_alpha lora_dropout bias target_modules
+inference_mode init_lora_weights auto_mapping peft_version megatron_core qalora_group_size runtime_config
+modules_to_save""".split()
 
 
 class FrozenLinear(torch.nn.Linear):
@@ -54,40 +53,25 @@ def adapter_config(model, model_cfg) -> dict:
     lora, linear, name, revision = model_cfg.lora, linear_layers(model), model_cfg.name, model_cfg.revision
     names = sorted({layer.rpartition(".")[2] for layer in linear})
     targets = names if lora.targets == "all-linear" else lora.targets
-    unknown = [target for target in targets if not any(is_target(layer, [target]) for layer in linear)]
-    if unknown:
-        raise ValueError(f"model.lora.targets: {unknown} name no linear layer of this model; it has {', '.join(names)}")
+    unknown = [target for target in targets if not any(f".{layer}".endswith(f".{target}") for layer in linear)]
+    if unknown or not targets:
+        there = ", ".join(names) or "none"
+        raise ValueError(f"model.lora.targets: {unknown or lora.targets} name no linear layer; the model has {there}")
     if Path(name).is_dir():
         name = str(Path(name).absolute())
     elif cached := try_to_load_from_cache(name, "config.json", revision=revision):
         revision = Path(cached).parent.name  # the commit on the Hub, which stays when newer ones exist
-    if not targets:
-        raise ValueError(
-            f"model.lora.rank = {lora.rank}: {model_cfg.name} has no torch.nn.Linear to adapt; train it whole"
-        )
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": name,
-        "revision": revision,
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": lora.dropout,
-        "target_modules": targets,
-        "modules_to_save": [*embeddings(model)] if lora.train_embeddings else None,
-        "bias": "none",
-        "inference_mode": True,
-    }
+    adapter = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True}
+    adapter |= {"base_model_name_or_path": name, "revision": revision, "target_modules": targets}
+    adapter |= {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
+    return adapter | {"modules_to_save": [*embeddings(model)] if lora.train_embeddings else None}
 
 
 def linear_layers(model) -> dict[str, torch.nn.Linear]:
-    """Return what can be adapted: all linear layers but the output layer, whose weight the loss takes by itself, and
-    those that compute something of their own beside the product (as Llama 4's router)."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if type(module).forward is torch.nn.Linear.forward and module is not model.get_output_embeddings()
-    }
+    """Return the layers that can be adapted: not the output layer, whose weight the loss takes by itself, and none that
+    computes something of its own beside the product (as Llama 4's router)."""
+    head, plain = model.get_output_embeddings(), torch.nn.Linear.forward
+    return {n: module for n, module in model.named_modules() if type(module).forward is plain and module is not head}
 
 
 def embeddings(model) -> dict[str, torch.nn.Module]:
@@ -96,18 +80,14 @@ def embeddings(model) -> dict[str, torch.nn.Module]:
     return {name.rpartition(".")[2]: module for name, module in model.named_modules() if module in layers}
 
 
-def is_target(name: str, targets: list[str]) -> bool:
-    """Return whether a target is the full name of a module, or the last parts of it."""
-    return any(f".{name}".endswith(f".{target}") for target in targets)
-
-
 def add_adapter(model, adapter: dict):
     """Replace the linear layers that a PEFT configuration names by `LoraLinear`; besides, only the embeddings are
     trained, if it names them. Raises ValueError where other modules are to be trained."""
     model.requires_grad_(False)
     scale = adapter["lora_alpha"] / adapter["r"]
+    targets = tuple(f".{target}" for target in adapter["target_modules"])  # each a name, or the last parts of names
     for name, module in linear_layers(model).items():
-        if is_target(name, adapter["target_modules"]):
+        if f".{name}".endswith(targets):
             model.set_submodule(name, LoraLinear(module, adapter["r"], scale, adapter["lora_dropout"]))
     if (names := adapter.get("modules_to_save")) and {*names} != {*embeddings(model)}:
         raise ValueError(f"adapter_config.json: modules_to_save = {names} must be {[*embeddings(model)]} or null")
@@ -121,10 +101,8 @@ def quantize(model, device: torch.device):
     itself in 8 bits; the products are in the dtype of their inputs (QLoRA: https://arxiv.org/abs/2305.14314)."""
     from bitsandbytes import functional, matmul_4bit
 
-    for name, module in linear_layers(model).items():
-        linear = FrozenLinear(module.in_features, module.out_features, module.bias is not None, device="meta")
-        linear.weight, linear.bias = module.weight, module.bias
-        model.set_submodule(name, linear)
+    for layer in linear_layers(model).values():
+        layer.__class__ = FrozenLinear  # with the same attributes
     for layer in [module for module in model.modules() if isinstance(module, FrozenLinear)]:
         weight, state = functional.quantize_4bit(layer.weight.to(device), quant_type="nf4", compress_statistics=True)
         layer.product = functools.partial(matmul_4bit, quant_state=state)
@@ -150,29 +128,28 @@ def merge_adapter(model):
 def read_adapter(folder: Path) -> dict:
     """Return the configuration of an adapter's folder. Raises ValueError where it is an adapter of another kind."""
     adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    plain = {
-        "peft_type": adapter["peft_type"] == "LORA",
-        "bias": adapter.get("bias", "none") == "none",
-        "target_modules": isinstance(adapter["target_modules"], list),
-        "init_lora_weights": isinstance(adapter.get("init_lora_weights", True), bool),  # PiSSA's changes the base
-    }
-    plain |= {key: not value for key, value in adapter.items() if key not in PEFT_KEYS}
-    if others := [key for key, is_plain in plain.items() if not is_plain]:
+    plain = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, False]}  # PiSSA's changes the base
+    others = [key for key, values in plain.items() if adapter.get(key, values[0]) not in values]
+    others += [key for key, value in adapter.items() if value and key not in PEFT_KEYS]
+    if not isinstance(adapter["target_modules"], list):
+        others.append("target_modules")
+    if others:
         raise ValueError(f"{folder}/adapter_config.json: only plain LoRA with a list of target_modules, not {others}")
     return adapter
 
 
 def settings_of(model_cfg):
     """Return the `config.Model` of an adapter's folder as one of its base. Raises ValueError if settings differ."""
-    name, lora, adapter = model_cfg.name, model_cfg.lora, read_adapter(Path(model_cfg.name))
+    adapter = read_adapter(Path(model_cfg.name))
     settings = {"rank": adapter["r"], "alpha": adapter["lora_alpha"], "dropout": adapter["lora_dropout"]}
     settings |= {"targets": adapter["target_modules"], "train_embeddings": bool(adapter.get("modules_to_save"))}
-    there = {"lora.rank": adapter["r"], "lora.train_embeddings": settings["train_embeddings"], "from_scratch": False}
-    for key, requested in zip(there, (lora.rank, lora.train_embeddings, model_cfg.from_scratch), strict=True):
-        if requested and requested != there[key]:
-            raise ValueError(f"model.{key} = {requested}, but the adapter {name} has {there[key]}: leave the key out")
-    base = {"name": adapter["base_model_name_or_path"], "revision": adapter.get("revision")}
-    return dataclasses.replace(model_cfg, **base, lora=dataclasses.replace(lora, **settings))
+    base = {"name": adapter["base_model_name_or_path"], "revision": adapter.get("revision"), "from_scratch": False}
+    there = dataclasses.replace(model_cfg, **base, lora=dataclasses.replace(model_cfg.lora, **settings))
+    for key in ("lora.rank", "lora.train_embeddings", "from_scratch"):
+        ours, its = map(operator.attrgetter(key), (model_cfg, there))
+        if ours and ours != its:
+            raise ValueError(f"model.{key} = {ours}, but the adapter {model_cfg.name} has {its}: leave the key out")
+    return there
 
 
 def peft_parameters(model, params: dict) -> dict:
