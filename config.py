@@ -184,10 +184,9 @@ def load(path: str | None, overrides: list[str]) -> Config:
             named |= set_values(config, {name: text.strip() if unquoted else value}, set())
     except (ValueError, OSError, yaml.YAMLError) as error:
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
-    limits = named & {"train.max_steps", "train.max_epochs"}
-    if limits == {"train.max_steps"} and config.train.max_steps:  # The one that is named holds.
-        config.train.max_epochs = None
-    elif limits == {"train.max_epochs"} and config.train.max_epochs:
+    if "train.max_epochs" not in named and "train.max_steps" in named and config.train.max_steps:
+        config.train.max_epochs = None  # of the two limits the one that is named holds
+    if "train.max_steps" not in named and "train.max_epochs" in named and config.train.max_epochs:
         config.train.max_steps = None
     check(config)
     return config
@@ -220,8 +219,7 @@ class Loader(yaml.BaseLoader):
 
 
 def set_values(config: Config, tree: dict, names: set[str], prefix: str = "") -> set[str]:
-    """Set the keys of a section from what `Loader` reads. `names`: the keys that the same file has set already, to
-    which these are added. Returns it."""
+    """Set the keys of a section from what `Loader` reads. Returns `names`, those that the same file sets, with them."""
     for name, value in tree.items():
         name = prefix + name  # "train" and then "learning_rate", or "train.learning_rate" at once
         if name in names:

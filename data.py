@@ -314,8 +314,7 @@ def from_prompt_completion(row: dict) -> list[dict]:
 
 
 def from_alpaca(row: dict) -> list[dict]:
-    """Its input comes behind an empty line, https://github.com/tatsu-lab/stanford_alpaca#data-release; `history` (pairs
-    of a question and an answer) as LLaMA-Factory has it."""
+    """https://github.com/tatsu-lab/stanford_alpaca#data-release; LLaMA-Factory's `history`: pairs of texts before."""
     question, messages = row["instruction"], []
     if (given := row.get("input")) not in (None, ""):
         if not isinstance(given, str):
@@ -348,8 +347,7 @@ def from_sharegpt(row: dict) -> list[dict]:
 def read_conversation(rows, i: int, name: str) -> dict:
     """Row i of a split (`name`: as "squad train"), normalized. ValueError, with its place: it cannot be trained on."""
     with at_row(rows, i, name):
-        row = rows[i]
-        return normalize(without_filled_in(row, rows.features) if isinstance(rows, datasets.Dataset) else row)
+        return normalize(without_filled_in(rows[i], rows.features) if isinstance(rows, datasets.Dataset) else rows[i])
 
 
 @contextlib.contextmanager
@@ -379,10 +377,10 @@ def normalize(row) -> dict:
         if len(row["input_ids"]) != len(row["labels"]) or not all(isinstance(id, int) for id in row["input_ids"]):
             raise ValueError("input_ids and labels must be lists of integers of one length")
         return {name: row.get(name) for name in ("input_ids", "labels", "unread")}
-    tools = from_json(row.get("tools") or row.get("functions") or [], "tools")  # functions: OpenAI until 2023
+    tools = from_json(row.get("tools") or row.get("functions") or [], "tools") or []  # functions: OpenAI until 2023
     check_objects(messages, "messages")
-    check_objects(tools or [], "tools")
-    tools, messages = [wrapped(tool) for tool in tools or []], [normalize_message(m, i) for i, m in enumerate(messages)]
+    check_objects(tools, "tools")
+    tools, messages = [wrapped(tool) for tool in tools], [normalize_message(m, i) for i, m in enumerate(messages)]
     if row.get("weight") not in (None, 1):  # of the whole row; 0: nothing of it is trained
         messages = [{**message, "weight": row["weight"]} for message in messages]
     if all(message["role"] != "assistant" for message in messages):
@@ -411,7 +409,8 @@ def normalize_message(message: dict, i: int) -> dict:
         content = message["content"] = ""
     blocks = content if isinstance(content, list) else [{"type": "text", "text": content}]
     check_objects(blocks, f"messages[{i}]: the content")
-    if not all(block.get("type") == "text" and isinstance(block.get("text"), str) for block in blocks):
+    is_text = [block.get("type") == "text" and not {*block} & {*NOT_TEXT} for block in blocks]
+    if not all(is_text) or not all(isinstance(block.get("text"), str) for block in blocks):
         raise ValueError(f"messages[{i}]: the content is {str(content)[:60]!r}, but only text is trained here")
     return message
 
@@ -420,9 +419,7 @@ def normalize_call(call: dict, name: str) -> dict:
     call = wrapped(call)
     check_objects([call["function"]], f"{name}: the function")
     function = {**call["function"]}
-    if "arguments" not in function:
-        function["arguments"] = function.pop("parameters", None)  # as Llama calls them
-    given = function["arguments"]
+    given = function["arguments"] if "arguments" in function else function.pop("parameters", None)  # as Llama writes
     function["arguments"] = {} if given in (None, "") else from_json(given, name)
     others = {*call} - {"id", "type", "function", "index"} | {*function} - {"name", "arguments"}
     if others or not isinstance(function["arguments"], dict) or not isinstance(function.get("name"), str):

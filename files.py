@@ -36,11 +36,12 @@ def find_files(path: str) -> list[str]:
     """A file, or those that a glob or a folder holds, by name, without the hidden files of a folder."""
     path = str(Path(path))  # without "./", as those below it are named
     found = {path, *glob.glob(f"{glob.escape(path)}/**/*" if Path(path).is_dir() else path, recursive=True)}
-    files = [file for file in found if file.endswith(ENDINGS) and Path(file).is_file()]
+    saved = {str(Path(file).with_name("state.json")) for file in found if Path(file).name == "dataset_info.json"}
+    files = [file for file in found - saved if file.endswith(ENDINGS) and Path(file).is_file()]
     files = [file for file in files if not Path(file).name.startswith(("dataset_info", "dataset_dict"))]  # of the Hub
-    for state in [Path(file) for file in files if Path(file).name == "state.json"]:  # of a dataset saved to disk
-        files.remove(str(state))
-        files += [str(state.with_name(shard["filename"])) for shard in json.loads(state.read_bytes())["_data_files"]]
+    for state in saved & found:  # of a dataset that was saved to disk
+        shards = json.loads(Path(state).read_bytes())["_data_files"]
+        files += [str(Path(state).with_name(shard["filename"])) for shard in shards]
     if not files:
         raise ValueError(f"data: {path} names no file that ends in {', '.join(ENDINGS)}")
     return sorted(files, key=Path)
@@ -55,10 +56,9 @@ def read_table(files: list[str]) -> datasets.Dataset:
         with open(file, "rb") as opened:
             key.update(f"{file}\0".encode() + sha_fileobj(opened))
     try:
-        return datasets.Dataset.from_generator(
-            iterate_rows, features=FILE_ROWS, cache_dir=f"{huggingface_hub.constants.HF_HOME}/sft-rows",
-            gen_kwargs={"files": files}, fingerprint=key.hexdigest()[:32],
-        )  # fmt: skip
+        folder = f"{huggingface_hub.constants.HF_HOME}/sft-rows"
+        options = {"cache_dir": folder, "gen_kwargs": {"files": files}, "fingerprint": key.hexdigest()[:32]}
+        return datasets.Dataset.from_generator(iterate_rows, features=FILE_ROWS, **options)
     except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise ValueError(error.__cause__ or f"data: the files {files[:3]} have no rows") from None
 
