@@ -54,7 +54,7 @@ def try_export(meta, tokenizer, stop_ids: list[int], output_dir: Path):
     for i, block in reversed([*enumerate(layers)]):
         kind = str([(name, tensor.shape) for name, tensor in block.state_dict().items()])
         if kind in kinds:
-            del layers[i]
+            layers[i] = torch.nn.Identity()  # Has no parameters; the others keep their numbers, which may mean a kind.
         kinds.add(kind)
     is_adapter, saved = hasattr(meta, "adapter_config"), meta.state_dict(keep_vars=True)
     zeros = {name: torch.zeros_like(t, device="cpu") for name, t in saved.items() if t.requires_grad or not is_adapter}

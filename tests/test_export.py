@@ -9,7 +9,16 @@ import pytest
 import torch
 from running import run
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoTokenizer, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    DeepseekV3Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3NextConfig,
+)
 from transformers import AutoModelForCausalLM as Auto
 
 import config
@@ -150,6 +159,20 @@ def test_what_cannot_be_saved_is_refused_before_step_1(saved, tmp_path):
     with pytest.raises(ValueError, match="early_stopping"):
         export.try_export(meta, a_tokenizer(), [3], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["changed"]
+
+
+@pytest.mark.parametrize("kind", ["experts after three blocks", "full attention in each fourth block"])
+def test_a_model_with_blocks_of_several_kinds_is_tried_under_their_own_numbers(kind, tmp_path):
+    if kind == "experts after three blocks":
+        ranks = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8}
+        experts = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
+        sizes = {**SIZES, "num_hidden_layers": 5, "num_key_value_heads": SIZES["num_attention_heads"]}
+        made = DeepseekV3Config(**sizes, **ranks, **experts, first_k_dense_replace=3, moe_intermediate_size=16)
+    else:
+        made = Qwen3NextConfig(**{**SIZES, "num_hidden_layers": 8, "head_dim": 16}, num_experts=0)
+    model = Auto.from_config(made, dtype=torch.float32)
+    meta = export.meta_model(model.config, model.generation_config, torch.bfloat16)
+    export.try_export(meta, a_tokenizer(), [3], tmp_path)
 
 
 Q = "model.layers.1.self_attn.q_proj"
