@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -269,8 +270,12 @@ def blocks(model) -> torch.nn.ModuleList:
 
 
 def is_compiled(model, requested: bool | None) -> bool:
-    """Whether the blocks are compiled, for `model.compile`; by default where a graph holds the attention too."""
-    return model.config._attn_implementation == "per_document_varlen" if requested is None else requested
+    """Whether the blocks are compiled, for `model.compile`; by default where a graph holds the attention too, and Triton
+    finds the C compiler that it needs."""
+    if requested is not None:
+        return requested
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return model.config._attn_implementation == "per_document_varlen" and compiler is not None
 
 
 def compile_blocks(model, loss: "PackedLoss"):

@@ -178,6 +178,17 @@ def test_one_graph_of_a_block_holds_its_attention_for_any_documents(monkeypatch)
     assert counter.frame_count <= 9  # of blocks and of the last one's parts, for one document and for more
 
 
+def test_blocks_are_compiled_by_default_only_where_it_pays_and_can_be(monkeypatch):
+    model = tiny_llama()
+    assert not modeling.is_compiled(model, None) and modeling.is_compiled(model, True)
+    model.set_attn_implementation("per_document_varlen")
+    monkeypatch.setenv("CC", "cc")
+    assert modeling.is_compiled(model, None) and not modeling.is_compiled(model, False)
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", "")
+    assert not modeling.is_compiled(model, None)
+
+
 def test_compiled_code_is_cached_for_one_kind_of_processor(monkeypatch):
     monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
     modeling.parallelize(tiny_llama(), config.load(None, ["model.compile=true"]), "ddp", 1, CPU)
