@@ -270,8 +270,8 @@ def blocks(model) -> torch.nn.ModuleList:
 
 
 def is_compiled(model, requested: bool | None) -> bool:
-    """Whether the blocks are compiled, for `model.compile`; by default where a graph holds the attention too, and Triton
-    finds the C compiler that it needs."""
+    """Whether the blocks are compiled, for `model.compile`; by default where a graph holds the attention too, and
+    Triton finds the C compiler that it needs."""
     if requested is not None:
         return requested
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
