@@ -26,7 +26,7 @@ profiled() {
 
 bench $((limit - SECONDS - 50)) ours_8192 trl_liger_8192 ours_16384 trl_liger_16384 ours_4096 trl_liger_4096 ours_8192_uncompiled
 step profile_8192 60 profiled ours_8192
-step tests 150 $python -m pytest -q -rs tests/test_gpu.py $($python -c "import xdist" 2>/dev/null && echo -n 6)
+step tests 420 $python -m pytest -v -rs tests/test_gpu.py
 short="train.max_steps=4"
 step memory_checkpointing 45 worker ours_16384 $short model.activation_checkpointing=true
 step memory_lora 45 worker ours_8192 $short model.lora.rank=16
