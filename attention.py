@@ -24,35 +24,8 @@ from packing import Documents, cp_slice
 HAS_ENABLE_GQA = "enable_gqa" in inspect.signature(torch.nn.attention.varlen.varlen_attn).parameters
 
 
-@torch.compiler.disable  # The number of documents differs from row to row.
-def per_document(module, query, key, value, attention_mask, **kwargs):
-    """Causal attention of each document of a packed row to itself, by SDPA, called once per document: any device and
-    dtype. Registered with transformers; the arguments are those of `attention`."""
-    return attention(sdpa, module, query, key, value, attention_mask, **kwargs), None
-
-
-def per_document_varlen(module, query, key, value, attention_mask, **kwargs):
-    """The same in one call of torch's variable-length flash attention, which a compiled block has in its one graph:
-    CUDA, bfloat16."""
-    # A call of the kernel and of nothing else is the same code whatever the documents are.
-    one_kernel = kwargs.get("s_aux") is None and not any(map(kwargs.get, ("dropout", "softcap", "cp_group")))
-    call = attention if one_kernel and fits_varlen(query, value) else uncompiled_attention
-    return call(varlen, module, query, key, value, attention_mask, **kwargs), None
-
-
-def fits_varlen(query, value) -> bool:
-    """The variable-length kernel takes a head_dim of at most 256."""
-    return max(query.shape[3], value.shape[3]) <= 256
-
-
-# transformers refuses a name with "sdpa" or "flash" in it to models that cap their scores or have sinks.
-AttentionInterface.register("per_document", per_document)
-AttentionInterface.register("per_document_varlen", per_document_varlen)
-
-
 def choose(requested: str, dtype: str, model_class, device: torch.device) -> str:
-    """The attention for `model.attention` and `model.dtype` on a device, by its name in transformers. Raises ValueError
-    where what is requested does not fit."""
+    """The attention for `model.attention` and `model.dtype` on a device, by its name in transformers, or ValueError."""
     if not model_class._can_set_attn_implementation():  # An older model, which computes its attention itself.
         if requested not in ("auto", "eager"):
             raise ValueError(f"model.attention={requested}: {model_class.__name__} has only its own; set it to auto")
@@ -70,13 +43,14 @@ def choose(requested: str, dtype: str, model_class, device: torch.device) -> str
 def attention(
     kernel, module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
     s_aux=None, documents=None, cp_group=None, **kwargs,
-) -> torch.Tensor:  # fmt: skip
-    """Attention of a layer of a transformers model, computed by one of the kernels below.
+):  # fmt: skip
+    """Causal attention of each document of a packed row to itself, in a layer of a transformers model, by one of the
+    kernels below.
 
     query (1, heads, tokens, head_dim); key and value with as many heads or fewer. `softcap`, `s_aux` (heads,): see
     `eager_attention`. `documents`: None, the row is one document. `cp_group`: the ranks that share the row, each with
     its `packing.cp_slice` of the tokens, while `documents` is the whole row's. Returns (1, tokens, heads, head_dim),
-    contiguous. Raises ValueError for a model that needs more than that."""
+    contiguous, and None for the scores. Raises ValueError for a model that needs more than that."""
     if documents is None:
         tokens = query.shape[2]
         documents = Documents([tokens], torch.tensor([0, tokens], dtype=torch.int32, device=query.device))
@@ -90,10 +64,20 @@ def attention(
     if softcap or s_aux is not None:
         kernel = functools.partial(eager_attention, softcap=softcap, sinks=s_aux)
     output = kernel(query, key, value, documents, scaling or query.shape[3] ** -0.5, dropout, sliding_window)
-    return output if cp_group is None else gather_heads_split_tokens(output, cp_group)
+    if cp_group is not None:
+        output = gather_heads_split_tokens(output, cp_group)
+    return output, None
 
 
-uncompiled_attention = torch.compiler.disable(attention)
+def per_document_varlen(module, query, key, value, attention_mask, **kwargs):
+    """By one call of torch's variable-length flash attention, as part of a graph. CUDA and bfloat16."""
+    # A call of the kernel and of nothing else is the same code whatever the documents are.
+    one_kernel = kwargs.get("s_aux") is None and not any(map(kwargs.get, ("dropout", "softcap", "cp_group")))
+    call = attention if one_kernel and fits_varlen(query, value) else uncompiled_attention
+    return call(varlen, module, query, key, value, attention_mask, **kwargs)
+
+
+uncompiled_attention = torch.compiler.disable(attention)  # The number of documents differs from row to row.
 
 
 def check_supported(module, kwargs: dict, longest: int):
@@ -113,8 +97,6 @@ def check_supported(module, kwargs: dict, longest: int):
 
 
 # ---- kernels: (1, heads, tokens, head_dim) to (1, tokens, heads, head_dim) -------------------------------------------
-
-
 def sdpa(query, key, value, documents: Documents, scale: float, dropout: float, window: int | None):
     if query.is_cuda and (query.dtype == torch.float32 or window or not fits_varlen(query, value)):
         # There SDPA's fast kernels need as many key heads, and the slow one materializes all scores.
@@ -136,6 +118,11 @@ def for_each_document(attend, query, key, value, documents: Documents) -> torch.
     return torch.cat([attend(q, k, v) for q, k, v in pieces], dim=1)
 
 
+def fits_varlen(query, value) -> bool:
+    """The variable-length kernel takes a head_dim of at most 256."""
+    return max(query.shape[3], value.shape[3]) <= 256
+
+
 def causal_mask(length: int, window: int | None, device) -> torch.Tensor:
     """Which keys each query of a document attends to: bool (length, length)."""
     mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
@@ -147,8 +134,7 @@ def eager_attention(
 ) -> torch.Tensor:
     """What the other kernels do not compute. `softcap`: scores are softcap tanh(score / softcap) (Gemma 2,
     arXiv:2408.00118). `sinks` (heads,): the score of an additional key without a value, which takes its share of each
-    query's attention (gpt-oss, arXiv:2508.10925). The backward pass computes the scores again, so that only one
-    document's are in memory at a time."""
+    query's attention (gpt-oss, arXiv:2508.10925). The backward pass computes each document's scores again."""
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
 
     def attend(q, k, v):
@@ -181,6 +167,12 @@ def varlen(query, key, value, documents: Documents, scale: float, dropout: float
     starts, longest = documents.starts, documents.longest
     varlen_attn = torch.nn.attention.varlen.varlen_attn
     return varlen_attn(q, k, v, starts, starts, longest, longest, **options)[None, ..., :width].contiguous()
+
+
+per_document = functools.partial(uncompiled_attention, sdpa)  # Any device and dtype.
+# transformers refuses a name with "sdpa" or "flash" in it to models that cap their scores or have sinks.
+AttentionInterface.register("per_document", per_document)
+AttentionInterface.register("per_document_varlen", per_document_varlen)
 
 
 # ---- context parallelism ---------------------------------------------------------------------------------------------
@@ -218,8 +210,6 @@ def gather_heads_split_tokens(output, group):
 
 
 # ---- what a loaded model does with a packed row, measured before it is trained ---------------------------------------
-
-
 @contextlib.contextmanager
 def eval_mode(model, kernel: str | None = None):
     """Temporarily in eval mode, and with the given attention; None: with its own."""
@@ -247,7 +237,6 @@ def check_packing(model, name: str, dtype: torch.dtype, longest: int = 0) -> boo
     # In bfloat16, tokens may be routed to other experts by rounding alone.
     limit = 1e-3 if dtype == torch.float32 else 0.2
     (ids,) = random_ids(model, 12)
-    own_kernel = model.config._attn_implementation == "eager"
     try:
         with eval_mode(model, "eager"):
             alone = model(ids, use_cache=False).logits.float()  # (1, 12, vocabulary)
@@ -256,8 +245,9 @@ def check_packing(model, name: str, dtype: torch.dtype, longest: int = 0) -> boo
         return True
     if not (first_half - alone[:, :6]).norm() <= limit * alone[:, :6].norm():
         raise ValueError(f"model.name = {name!r}: attention is not causal")
-    fix = "it cannot be trained here" if own_kernel else "set model.attention=eager"
-    kernel = "eager" if own_kernel else "per_document"  # The variable-length kernel does not compute in float32.
+    # The variable-length kernel does not compute in float32.
+    kernel = "eager" if model.config._attn_implementation == "eager" else "per_document"
+    fix = "it cannot be trained here" if kernel == "eager" else "set model.attention=eager"
     try:
         with eval_mode(model, kernel):
             packed = model(ids, position_ids=torch.arange(12)[None], use_cache=False).logits.float()

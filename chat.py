@@ -42,32 +42,28 @@ def talk(chat: "Chat"):
     while True:
         try:
             line = input("> ").strip()
+            command, _, text = line.partition(" ")
+            if command == "/exit":
+                return
+            if command in ("/reset", "/system"):
+                chat.start_over(chat.system if command == "/reset" else text.strip())
+            elif command.startswith("/"):
+                print(f"there is no command {command}; there are /system TEXT, /reset, /exit")
+            elif line:
+                chat.answer(line)
+        except ValueError as error:  # The template refuses the conversation, or it is too long.
+            print(f"error: {error}")
         except (EOFError, KeyboardInterrupt):
             return print()
-        command, _, text = line.partition(" ")
-        if command == "/exit":
-            return
-        if command in ("/reset", "/system"):
-            chat.start_over(chat.system if command == "/reset" else text.strip() or None)
-        elif command.startswith("/"):
-            print(f"there is no command {command}; there are /system TEXT, /reset, /exit")
-        elif line:
-            try:
-                chat.answer(line)
-            except ValueError as error:  # The template refuses the conversation, or it is too long.
-                print(f"error: {error}")
 
 
 class Chat:
     """A model with its tokenizer, and a conversation (`messages`)."""
 
     def __init__(self, options):
-        device = take_device(0)
-        dtype = "auto" if device.type == "cuda" else torch.float32
-        self.tokenizer, model, self.stop_ids = open_model(options.model, dtype)
+        self.options, device = options, take_device(0)
+        self.tokenizer, model, self.stop_ids = open_model(options.model, device, "auto")
         self.model = model.to(device)
-        sampling = {"do_sample": True, "temperature": options.temperature, "top_k": 0}  # top_k 0: among all tokens
-        self.max_new_tokens, self.sampling = options.max_new_tokens, sampling if options.temperature else {}
         torch.manual_seed(options.seed)
         self.start_over(options.system)
 
@@ -85,10 +81,11 @@ class Chat:
             raise ValueError(f"the chat template refuses this conversation: {error}") from None
         if len(ids) >= (longest := max_positions(self.model)):
             raise ValueError(f"the conversation has {len(ids):,} tokens, the model takes {longest:,}; try /reset")
-        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        sampling = {"streamer": TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)}
+        if self.options.temperature:  # top_k 0: among all tokens
+            sampling |= {"do_sample": True, "temperature": self.options.temperature, "top_k": 0}
         try:
-            sampling = {"streamer": streamer, **self.sampling}
-            answers = generate(self.model, [ids], self.max_new_tokens, self.stop_ids, **sampling)
+            answers = generate(self.model, [ids], self.options.max_new_tokens, self.stop_ids, **sampling)
         except KeyboardInterrupt:
             return print(" (not added to the conversation)")
         self.messages = [*messages, {"role": "assistant", "content": self.tokenizer.decode(answers[0]).strip()}]

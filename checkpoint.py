@@ -72,7 +72,7 @@ def best(output_dir: Path) -> Path | None:
 def run_state(output_dir: Path, key: str = "state"):
     """Return the state in status.json (running, stopped, finished or failed), or another `key`; None: there is none."""
     path = output_dir / "status.json"
-    return json.loads(path.read_text(encoding="utf-8"))[key] if path.is_file() else None
+    return json.loads(path.read_bytes())[key] if path.is_file() else None
 
 
 def find_model(name: str) -> str:
@@ -88,8 +88,6 @@ def find_model(name: str) -> str:
 
 
 # ---- the run folder --------------------------------------------------------------------------------------------------
-
-
 def find_resume_checkpoint(cfg: dict) -> tuple[Path | None, bool]:
     """Return (the newest complete checkpoint, whether the run is finished) of `cfg["output_dir"]`. Raises ValueError if
     the folder holds something else, or another run that has trained a step: neither is ever overwritten."""
@@ -131,15 +129,6 @@ def differing_keys(old: dict, new: dict) -> list[str]:
     return found
 
 
-def check_resume(folder: Path, steps: int, digest: str) -> int:
-    """Return the step of a checkpoint, which must not be past the run's last one, nor of other data than `digest`."""
-    if step_of(folder) > steps:
-        raise ValueError(f"{folder} is past the end of the run, step {steps}: raise train.max_steps or max_epochs")
-    if read_info(folder)["data"] != digest:
-        raise ValueError(f"{folder} was trained on other data: restore it, or name another output_dir")
-    return step_of(folder)
-
-
 def open_run_folder(cfg: dict, launched: float):
     """Make the run folder, lock it (waiting while another process has it), and remove what a killed run left and a STOP
     file older than `launched` (seconds since the epoch). Returns (the lock, a file that holds it while open; the token
@@ -176,8 +165,6 @@ def wait_for_run_folder(output_dir: Path, token: str):
 
 
 # ---- write -----------------------------------------------------------------------------------------------------------
-
-
 def write_atomically(path: Path, text: str):
     """Write a file whose name stands for the old text or the new at any moment."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -220,12 +207,6 @@ def cause(error: BaseException) -> BaseException:
     return next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
 
 
-def adam_state(p: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-    """Return the state that fused AdamW has for a parameter before its first step."""
-    step = torch.zeros((), dtype=torch.float32, device=p.device)
-    return {"step": step, "exp_avg": torch.zeros_like(p.detach()), "exp_avg_sq": torch.zeros_like(p.detach())}
-
-
 def state_of(model, optimizer) -> dict[str, torch.Tensor]:
     """Return parameters, buffers and optimizer state by name ("model.NAME", "optimizer.NAME.exp_avg"), not copied; of a
     LoRA model the adapter alone. Optimizer state is made where there is none yet, to read a checkpoint into."""
@@ -238,19 +219,20 @@ def state_of(model, optimizer) -> dict[str, torch.Tensor]:
         if p not in optimizer.state:
             if hasattr(optimizer, "init_state"):  # bitsandbytes
                 optimizer.init_state(optimizer.param_groups[0], p, 0, 0)
-            else:
-                optimizer.state[p] = adam_state(p)
+            else:  # as fused AdamW does
+                moments = {key: torch.zeros_like(p.detach()) for key in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device), **moments}
         tensors = {key: value for key, value in optimizer.state[p].items() if torch.is_tensor(value)}
         state |= {f"optimizer.{name}.{key}": value for key, value in tensors.items() if not key.startswith("qmap")}
     return state
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints, one at a time; every rank has one. `async_save`: the loop waits for a copy in host
-    memory alone; `keep`: so many of the best by val/loss, besides the newest; `meta_model`: see `export.meta_model`."""
+    """Writes a run's checkpoints, one at a time; every rank has one. `cfg`: a `config.Checkpoint`; with `async_save`
+    the loop waits for a copy in host memory alone. `meta_model`: see `export.meta_model`."""
 
-    def __init__(self, output_dir: Path, keep: int, async_save: bool, meta_model, tokenizer, stop_ids: list[int]):
-        self.output_dir, self.keep, self.async_save = output_dir, keep, async_save
+    def __init__(self, output_dir: Path, cfg, meta_model, tokenizer, stop_ids: list[int]):
+        self.output_dir, self.keep, self.async_save = output_dir, cfg.keep, cfg.async_save
         self.meta_model, self.tokenizer, self.stop_ids = meta_model, tokenizer, stop_ids
         self.rank, self.world_size = rank_and_world_size()
         self.thread, self.error, self.seconds = None, None, 0.0  # seconds that the slowest checkpoint took to write
@@ -329,8 +311,6 @@ class CheckpointWriter:
 
 
 # ---- read ------------------------------------------------------------------------------------------------------------
-
-
 def load(folder: Path, model, optimizer, base: str | None = None):
     """Read a checkpoint into model and optimizer, on any number of ranks. `base`: the Hub commit that it must adapt."""
     if (trained_on := read_info(folder).get("base")) != base:
@@ -367,8 +347,7 @@ def read_state(folder: Path, state: dict[str, torch.Tensor], no_dist: bool):
 
 
 def make_model_folder(folder: Path, target: Path, merge: bool):
-    """Make a model folder of a checkpoint's state/, or of a LoRA adapter's folder, and verify all parameters. `merge`:
-    an adapter is merged into its base."""
+    """Make a model folder of a checkpoint's state/ or of an adapter's folder (`merge`: merged), and verify it all."""
     is_checkpoint = (folder / "state").is_dir()
     # Configuration and tokenizer: of the checkpoint's model/, or of another one's where its export has failed.
     models = [folder / "model", *folder.parent.glob("step_*/model")] if is_checkpoint else []
@@ -409,10 +388,11 @@ def write_card(folder: Path, run: Path, info: dict):
     names = [cfg.model.name, *(entry["dataset"] for entry in mixture)]
     on_hub = {name for name in names if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not Path(name).exists()}
     base, *data = [name if name in on_hub else Path(name).name for name in names]
-    metadata = ModelCardData(library_name="transformers", pipeline_tag="text-generation")
-    metadata.base_model = base if base in on_hub and not cfg.model.from_scratch else None
-    metadata.datasets = [name for name in data if name in on_hub] or None
+    known = {"base_model": base if base in on_hub and not cfg.model.from_scratch else None}
+    known["datasets"] = [name for name in data if name in on_hub] or None
+    metadata = ModelCardData(library_name="transformers", pipeline_tag="text-generation", **known)
     rows = {"base model": f"{base}{' (random parameters)' * cfg.model.from_scratch}", "data": ", ".join(data)}
+    rows["chat template"] = "chat_template.jinja"
     rows |= {name: value for name, value in info.items() if name not in ("data", "base")} | vars(cfg.train)
     rows |= {"seed": cfg.seed, "max_seq_length": cfg.data.max_seq_length, "LoRA rank": cfg.model.lora.rank}
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())

@@ -19,6 +19,7 @@ import numpy as np
 from files import ENDINGS, FILE_ROWS, SPLITS, find_files, from_json, read_table, split_files, without_filled_in
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+CONFIGS = Path(__file__).parent / "configs"
 BY_NAME = "by name"  # as `validation`: the split that has such a name, or files of such names
 
 FORMATS = {  # and the columns that a row of each has
@@ -48,19 +49,10 @@ class TaskDataSpec:
 
 
 # ---- dataset classes: `formatted_ds` holds the splits, rows by number ------------------------------------------------
-
-
 class Squad:
     """https://huggingface.co/datasets/rajpurkar/squad: the context as system, the question, and its first answer."""
 
-    custom_template = (
-        "{%- for message in messages -%}"
-        "{%- if message['role'] == 'system' -%}{{- 'Context: ' + message['content'] | trim -}}"
-        "{%- elif message['role'] == 'user' -%}{{- ' Question: ' + message['content'] | trim + ' Answer:' -}}"
-        "{%- elif message['role'] == 'assistant' -%}{{- ' ' + message['content'] | trim -}}"
-        "{%- else -%}{{- raise_exception('the SQuAD template has no role ' + message['role']) -}}{%- endif -%}"
-        "{%- endfor -%}"
-    )
+    custom_template = (CONFIGS / "squad.jinja").read_text(encoding="utf-8")
 
     def __init__(self):
         def conversation(row: dict) -> dict:
@@ -81,15 +73,7 @@ class OpenAssistant:
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
         "detailed, and polite answers to the user's questions."
     )
-    custom_template = (
-        "{%- for message in messages -%}"
-        "{%- if message['role'] == 'system' -%}{{- 'System:\\n' + message['content'] | trim + '\\n\\n' -}}"
-        "{%- elif message['role'] == 'user' -%}{{- 'User:\\n' + message['content'] | trim + '\\n\\n' -}}"
-        "{%- elif message['role'] == 'assistant' -%}"
-        "{{- 'Assistant:\\n' + message['content'] | trim + eos_token + '\\n\\n' -}}"
-        "{%- else -%}{{- raise_exception('the OpenAssistant template has no role ' + message['role']) -}}{%- endif -%}"
-        "{%- endfor -%}{%- if add_generation_prompt -%}{{- 'Assistant:\\n' -}}{%- endif -%}"
-    )
+    custom_template = (CONFIGS / "oasst.jinja").read_text(encoding="utf-8")
 
     def __init__(self, seed: int = 42, validation: float | None = 0.05):
         name = "2023-04-12_oasst_ready.trees.jsonl.gz"
@@ -162,8 +146,6 @@ class HubChats:
 
 
 # ---- mixtures and splits ---------------------------------------------------------------------------------------------
-
-
 class MixtureEntry(NamedTuple):
     """A dataset of the run. `weight`: passes over its training split per epoch; `splits`: the splits that are read."""
 
@@ -242,8 +224,6 @@ def split_rows(rows: datasets.Dataset, fraction: float | None, seed: int) -> dic
 
 
 # ---- formats and rows ------------------------------------------------------------------------------------------------
-
-
 def read_files(files: list[str], format: str | None, columns: dict | None = None) -> datasets.Dataset:
     return as_conversations(read_table(files), format, columns)
 

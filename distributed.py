@@ -18,8 +18,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-# ---- ranks -----------------------------------------------------------------------------------------------------------
-
 
 @functools.cache
 def store() -> dist.Store:
@@ -31,10 +29,8 @@ def store() -> dist.Store:
 
 def init_process_group(timeout: float):
     """Join the other ranks of the launch; a collective that takes longer than `timeout` seconds is an error."""
-    if not dist.is_torchelastic_launched():
-        return
-    store().set(f"process/{os.environ['RANK']}", f"{os.environ['GROUP_RANK']} {os.getpid()}")
-    if int(os.environ["WORLD_SIZE"]) > 1:
+    if dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1:
+        store().set(f"process/{os.environ['RANK']}", f"{os.environ['GROUP_RANK']} {os.getpid()}")
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
 
@@ -168,14 +164,9 @@ def fail(error: Exception, record_reason):
     if dist.is_torchelastic_launched():
         if isinstance(error, RuntimeError) and dist.is_initialized():
             time.sleep(1)  # If this rank has lost another one, torchrun notices by now that it is gone.
-            killed = []
-            for other in range(dist.get_world_size()):
-                node, pid = store().get(f"process/{other}").decode().split()
-                try:
-                    os.kill(int(pid) if node == os.environ["GROUP_RANK"] else os.getpid(), 0)
-                except ProcessLookupError:
-                    killed.append(str(other))
-            if killed:
+            places = [store().get(f"process/{other}").decode().split() for other in range(dist.get_world_size())]
+            here = {str(other): pid for other, (node, pid) in enumerate(places) if node == os.environ["GROUP_RANK"]}
+            if killed := [other for other, pid in here.items() if not os.path.exists(f"/proc/{pid}")]:
                 reason, details = f"rank {', '.join(killed)} was killed (out of memory?)", ""
         first_rank, reason = json.loads(store().compare_set("failed", "", json.dumps([rank, reason])))
     if not dist.is_torchelastic_launched() or first_rank == rank:

@@ -31,11 +31,6 @@ from model import is_sharded, max_positions, open_saved, parallelize, stop_ids_o
 from templates import IGNORE_INDEX, SWITCHES, encode
 from tokens import choose_template
 
-MAX_ANSWER_TOKENS = 256  # A longer answer is cut here, so a reference that is longer counts as missed.
-
-
-# ---- scores ----------------------------------------------------------------------------------------------------------
-
 
 def normalize_answer(text: str) -> str:
     """Lower case, without punctuation, articles and extra white space, as in the official script of SQuAD 1.1,
@@ -80,21 +75,16 @@ def score(examples: list[EvalExample], answers: list[str], names: list[str]) -> 
     return metrics
 
 
-# ---- answers ---------------------------------------------------------------------------------------------------------
-
-
 def eval_examples(entries, tokenizer, chat_template: str, stop_ids, max_examples: int | None, date=None):
     """The last assistant turn in the first `max_examples` validation conversations of each dataset (None: all of them),
-    whether it would be trained or not, and the (dataset, row, id) of each. `date`: as in `templates.encode`. Raises
-    ValueError for a bad row."""
+    whether trained or not, and the (dataset, row, id) of each. `date`, ValueError: as of `templates.encode`."""
     examples, places = [], []
     splits = [(rows, name) for _, split, rows, name in splits_of(entries) if split == "validation"]
     for dataset, (rows, name) in enumerate(splits):
         for i in range(len(rows))[:max_examples]:
             conversation = read_conversation(rows, i, name)
-            if "messages" not in conversation:  # a document
+            if not (messages := conversation.get("messages")):  # a document
                 continue
-            messages = conversation["messages"]
             last = max(n for n, message in enumerate(messages) if message["role"] == "assistant")
             messages = [{**message, **dict.fromkeys(SWITCHES)} for message in messages[: last + 1]]
             with at_row(rows, i, name):
@@ -113,72 +103,65 @@ def eval_example(tokenizer, ids, labels, stop_ids, answers: list[str] | None, da
     return EvalExample(ids[:first].tolist(), tokenizer.decode(reference).strip(), answers, dataset)
 
 
-def open_model(name: str, dtype):
-    """The tokenizer, the model and the stop ids of an output_dir, a checkpoint, a model's folder or a name on the Hub.
-    Raises ValueError or OSError where there is none."""
+def open_model(name: str, device: torch.device, dtype: str):
+    """The tokenizer, the model (on the CPU; in `dtype` for a GPU) and the stop ids of an output_dir, a checkpoint, a
+    model's folder or a name on the Hub. Raises ValueError or OSError where there is none."""
     name = checkpoint.find_model(name)
-    tokenizer, model = AutoTokenizer.from_pretrained(name), open_saved(name, dtype)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    model = open_saved(name, dtype if device.type == "cuda" else "float32")
     return tokenizer, model, stop_ids_of(model, tokenizer)
 
 
 @torch.compiler.set_stance("force_eager")  # A graph for each length and layer would use up those of the training.
 @torch.no_grad()
 def generate(model, prompts: list[list[int]], max_new_tokens: int, stop_ids: list[int], **sampling) -> list[list[int]]:
-    """The answers to a batch of prompts, as token ids before the first stop id. Greedy, unless `sampling` (arguments of
-    transformers' `generate`) says otherwise."""
-    longest = max(len(prompt) for prompt in prompts)
-    # (prompts, longest), padded on the left.
+    """The answers to a batch of prompts, as ids before a stop id. `sampling`: arguments of transformers' `generate`."""
+    longest = max(len(prompt) for prompt in prompts)  # The others are padded on the left.
     ids = torch.tensor([stop_ids[:1] * (longest - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-
     # The attention of the training takes no padding, so transformers' own one answers.
     attention = "sdpa" if model._supports_sdpa and model.config._attn_implementation != "eager" else "eager"
     own_config = model.generation_config
     model.generation_config = GenerationConfig()  # The model's own may have penalties or beams: not greedy.
-    try:
-        with eval_mode(model, attention):
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max(1, min(max_new_tokens, max_positions(model) - longest)),
-                eos_token_id=stop_ids,
-                pad_token_id=stop_ids[0],
-                use_cache=True,
-                synced_gpus=is_sharded(model),  # The ranks of a sharded model compute each token together.
-                **({"do_sample": False} | sampling),
-            )
-    finally:
-        model.generation_config = own_config
+    with eval_mode(model, attention):
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max(1, min(max_new_tokens, max_positions(model) - longest)),
+            eos_token_id=stop_ids,
+            pad_token_id=stop_ids[0],
+            use_cache=True,
+            synced_gpus=is_sharded(model),  # The ranks of a sharded model compute each token together.
+            **({"do_sample": False} | sampling),
+        )
+    model.generation_config = own_config
     answers = output[:, longest:].tolist()
     return [answer[: next((k for k, id in enumerate(answer) if id in stop_ids), None)] for answer in answers]
 
 
-def answer_all(
-    model, tokenizer, examples: list[EvalExample], stop_ids, max_tokens: int, max_prompt: int | None = None
-) -> list[str]:
+def answer_all(model, tokenizer, examples, stop_ids, max_tokens: int, max_prompt: int = 2**31) -> list[str]:
     """The model's answers as texts, the same on every rank. All ranks run as many batches, as a sharded model needs. A
     batch has at most `max_tokens` tokens with its answers, or a single prompt. A prompt without tokens, with
     `max_prompt` or more, or that leaves the model no position for an answer, gets an empty answer."""
     rank, world_size = distributed.rank_and_world_size()
     right = {text for example in examples for text in (example.reference, *(example.answers or []))}
-    max_new_tokens = min(MAX_ANSWER_TOKENS, max(32, *(len(tokenizer.encode(text)) + 8 for text in right)))
+    # An answer is cut after 256 tokens, so that a longer reference counts as missed.
+    max_new_tokens = min(256, max(32, *(len(tokenizer.encode(text)) + 8 for text in right)))
     lengths, positions = np.array([len(example.prompt) for example in examples]), max_positions(model)
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     # Beyond it, the longest prompt of a batch may change the rotary frequencies of all.
     original_length = min(positions, rope.get("original_max_position_embeddings") or positions)
-    answered = (lengths > 0) & (lengths < min(positions, max_prompt or positions))
-    order = [i for i in np.argsort(-lengths, kind="stable").tolist() if answered[i]]
-    texts, start = {}, 0
-    with tqdm(total=len(order), desc="answering", unit=" answers", leave=False, disable=rank > 0 or None) as bar:
-        while start < len(order):
-            longest = int(lengths[order[start]]) + max_new_tokens  # of the prompts that are left
-            size = max(1, max_tokens // longest) if longest <= original_length else 1
-            global_batch = order[start : start + size * world_size]
-            batch = global_batch[rank::world_size] or order[-1:]  # A rank without a share computes along.
+    left = [i for i in np.argsort(-lengths, kind="stable").tolist() if 0 < lengths[i] < min(positions, max_prompt)]
+    texts = {}
+    with tqdm(total=len(left), desc="answering", unit=" answers", leave=False, disable=rank > 0 or None) as bar:
+        while left:
+            longest = int(lengths[left[0]]) + max_new_tokens
+            size = world_size * (max(1, max_tokens // longest) if longest <= original_length else 1)
+            global_batch, left = left[:size], left[size:]
+            batch = global_batch[rank::world_size] or global_batch[-1:]  # A rank without a share computes along.
             distributed.progress()
             answers = generate(model, [examples[i].prompt for i in batch], max_new_tokens, stop_ids)
             texts |= {i: tokenizer.decode(ids).strip() for i, ids in zip(batch, answers, strict=True)}
-            start += len(global_batch)
             bar.update(len(global_batch))
     texts = {i: text for part in distributed.all_gather_object(texts) for i, text in part.items()}
     return [texts.get(i, "") for i in range(len(examples))]
@@ -189,7 +172,7 @@ def main():
     parser.add_argument("model", help="an output_dir, a checkpoint, a model's folder, or a name on the Hub")
     parser.add_argument("arguments", nargs="*", help="CONFIG.yaml, KEY=VALUE: the data; default: the run's config.yaml")
     parser.add_argument("--max-examples", type=int, help="only the first N of each dataset (default: all)")
-    parser.add_argument("--output", metavar="FILE", help="write prompts, answers and their scores as JSON Lines")
+    parser.add_argument("--output", metavar="FILE", default=os.devnull, help="write answers and scores as JSON Lines")
     options = parser.parse_intermixed_args()
     try:
         evaluate(options.model, options.arguments, options.max_examples, options.output)
@@ -197,7 +180,7 @@ def main():
         raise SystemExit(f"error: {options.model}: {' '.join(str(error).split())}") from None
 
 
-def evaluate(name: str, arguments: list[str], max_examples: int | None, output: str | None):
+def evaluate(name: str, arguments: list[str], max_examples: int | None, output: str):
     if all("=" in argument for argument in arguments):
         # The configuration of its run. It may be an output_dir, the model/ in it, a checkpoint, or the model/ in that.
         folders = [Path(name), *Path(name).absolute().parents][:4]
@@ -206,13 +189,11 @@ def evaluate(name: str, arguments: list[str], max_examples: int | None, output: 
             raise ValueError("is in no run's output_dir: name a configuration, such as configs/squad.yaml")
         arguments = [files[0], *arguments]
     cfg = config.from_command_line(arguments)
-    if output:
-        Path(output).touch()  # If it cannot be written, that is an error now and not after hours of answering.
+    Path(output).touch()  # If it cannot be written, that is an error now and not after hours of answering.
     device = take_device(int(os.environ.get("LOCAL_RANK", 0)))
     distributed.init_process_group(24 * 3600)  # The ranks meet only before the first and after the last answer.
     rank, world_size = distributed.rank_and_world_size()
-    dtype = getattr(torch, cfg.model.dtype) if device.type == "cuda" else torch.float32
-    tokenizer, model, stop_ids = open_model(name, dtype)
+    tokenizer, model, stop_ids = open_model(name, device, cfg.model.dtype)
     if cfg.parallel.strategy == "fsdp" and world_size > 1:
         _, model = parallelize(model, cfg, "fsdp", world_size, device)
     else:
@@ -228,14 +209,12 @@ def evaluate(name: str, arguments: list[str], max_examples: int | None, output: 
         print(f"{name}: {len(examples):,} answers of {', '.join(names)}")
         for metric, value in score(examples, answers, names).items():
             print(f"{metric} {100 * value:.2f} %")
-        lines = []
-        for (dataset, row, id), example, answer in zip(places, examples, answers, strict=True):
-            line = {"dataset": names[dataset], "row": row, "id": id, "prompt": tokenizer.decode(example.prompt)}
-            line |= {"reference": example.reference, "answers": example.answers, "answer": answer}
-            line |= {"exact_match": example.exact_match(answer), "f1": example.f1(answer) if example.answers else None}
-            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-        if output:
-            Path(output).write_text("".join(lines), encoding="utf-8")
+        with open(output, "w", encoding="utf-8") as file:
+            for (dataset, row, id), e, answer in zip(places, examples, answers, strict=True):
+                line = {"dataset": names[dataset], "row": row, "id": id, "prompt": tokenizer.decode(e.prompt)}
+                line |= {"reference": e.reference, "answers": e.answers, "answer": answer}
+                line |= {"exact_match": e.exact_match(answer), "f1": e.f1(answer) if e.answers else None}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
     distributed.wait_for_all("scored")
 
 

@@ -13,8 +13,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 import lora
 from model import blocks, open_on_paper, open_saved
 
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")  # Those of transformers 4.57.
-
 
 def meta_model(hf_config, generation_config, dtype: torch.dtype, adapter: dict | None = None):
     """The model of a configuration on the meta device, as it is to be saved. `adapter`: see `lora.adapter_config`."""
@@ -118,13 +116,13 @@ def add_older_names(folder: Path):
 
 def older_rope(rope: dict) -> dict:
     """The names that transformers 4.57 has for `rope_parameters`; none where it cannot express them."""
-    older = {}
+    older, types = {}, ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
     if rope.keys() == {"full_attention", "sliding_attention"}:  # As Gemma 3.
         sliding, rope = rope["sliding_attention"], rope["full_attention"]
         if sliding.get("rope_type") != "default":
             return {}
         older["rope_local_base_freq"] = sliding.get("rope_theta")
-    if "rope_theta" not in rope or rope.get("rope_type") not in ROPE_TYPES:
+    if "rope_theta" not in rope or rope.get("rope_type") not in types:
         return {}
     scaling = dict(rope)
     older |= {name: scaling.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rope}

@@ -33,9 +33,6 @@ from tokens import open_native
 logging.disable_progress_bar()  # One bar per export is noise in a log.
 
 
-# ---- load ------------------------------------------------------------------------------------------------------------
-
-
 def take_device(local_rank: int) -> torch.device:
     """This rank's GPU, which it uses from here on, or the CPU."""
     if not torch.cuda.is_available():
@@ -80,13 +77,20 @@ def load_model(model_cfg, device: torch.device, meta: bool = False, rows: int = 
         head, tied = model.get_output_embeddings(), model.config.get_text_config().tie_word_embeddings
         if tied and head is not None and head.weight is not model.get_input_embeddings().weight:
             raise ValueError(f"model.name = {name!r} has an output layer of its own: set tie_word_embeddings=false")
-    prepare_for_training(model, model_cfg)
+    if model_cfg.lora.rank:
+        lora.add_adapter(model, lora.adapter_config(model, model_cfg))
     if is_adapter:
         lora.load_adapter(model, folder)
     if rows > (old := model.get_input_embeddings().num_embeddings):  # Rows of added tokens: the mean of the others.
         model.resize_token_embeddings(rows, mean_resizing=False)
         for p in [p for layer in lora.embeddings(model).values() for p in layer.parameters()]:
             p.data[old:] = p.data[:old].float().mean(0)
+    model.config.use_cache = False
+    model.train()
+    if model_cfg.activation_checkpointing:
+        # Newer versions of transformers have renamed the method and its argument.
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     return model
 
 
@@ -112,9 +116,6 @@ def open_saved(name: str, dtype, kernel: str | None = None):
     return open_complete(str(name), dtype=dtype, attn_implementation=kernel).eval()
 
 
-LOADING = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `check_loaded` says what does not fit.
-
-
 @contextlib.contextmanager
 def opening(name):
     """transformers prints no report of what does not fit, and its errors name the model."""
@@ -131,7 +132,8 @@ def opening(name):
 def open_complete(name: str, **options):
     """A model of a folder or of the Hub. Raises ValueError where its files do not fit, instead of making up values."""
     with opening(name):
-        model, found = AutoModelForCausalLM.from_pretrained(name, **options, **LOADING, trust_remote_code=False)
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `check_loaded` says what is wrong.
+        model, found = AutoModelForCausalLM.from_pretrained(name, **options, trust_remote_code=False)
     check_loaded(name, model, found)
     model.unused_names = sorted(found["unexpected_keys"])  # What is in the files and not in the model.
     return model
@@ -155,27 +157,23 @@ def open_on_paper(name, hf_config, revision: str | None = None) -> dict:
     try:
         with opening(name), FakeTensorMode(allow_non_fake_inputs=True):  # Gemma keeps a scalar on the meta device.
             options = {"state_dict": {key: torch.empty(shape) for key, shape in shapes.items()}, "config": hf_config}
-            return model_class(name, hf_config).from_pretrained(None, dtype=torch.float32, **options, **LOADING)[1]
+            options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            return model_class(name, hf_config).from_pretrained(None, dtype=torch.float32, **options)[1]
     finally:
         del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
 
 
 def check_loaded(name: str, model, found: dict):
-    """Raises ValueError where the files of a model have not all of its parameters, or others. `found`: transformers'
-    `output_loading_info`."""
-    missing = sorted(found["missing_keys"] & {parameter for parameter, _ in model.named_parameters()})
+    """Raises ValueError where a model's files lack parameters or have others. `found`: its `output_loading_info`."""
+    model_name = f"model.name = {name!r}"
     if adapters := [key for key in sorted(found["unexpected_keys"]) if "lora_" in key or ".base_layer." in key]:
-        raise ValueError(
-            f"model.name = {name!r} holds an adapter ({adapters[0]}): merge it with PEFT's merge_and_unload"
-        )
+        raise ValueError(f"{model_name} holds an adapter ({adapters[0]}): merge it with PEFT's merge_and_unload")
     for key, there, here in sorted(found["mismatched_keys"]):
         shapes = f"{[*there]} in its file, {[*here]} by its config.json"
-        raise ValueError(f"model.name = {name!r}: the shape of {key} is {shapes}; take both from one model")
-    if missing:
+        raise ValueError(f"{model_name}: the shape of {key} is {shapes}; take both from one model")
+    if missing := sorted(found["missing_keys"] & {parameter for parameter, _ in model.named_parameters()}):
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise ValueError(
-            f"model.name = {name!r}: {len(missing)} parameters are not in its files: {names}; copy all of it"
-        )
+        raise ValueError(f"{model_name}: {len(missing)} parameters are not in its files: {names}; copy all of it")
 
 
 def stop_ids_of(model, tokenizer) -> list[int]:
@@ -185,17 +183,6 @@ def stop_ids_of(model, tokenizer) -> list[int]:
     if stop is None:
         raise ValueError("neither the model nor its tokenizer says which token ends an answer (eos_token)")
     return stop if isinstance(stop, list) else [stop]
-
-
-def prepare_for_training(model, model_cfg):
-    if model_cfg.lora.rank:
-        lora.add_adapter(model, lora.adapter_config(model, model_cfg))
-    model.config.use_cache = False
-    model.train()
-    if model_cfg.activation_checkpointing:
-        # Newer versions of transformers have renamed the method and its argument.
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
 
 
 def max_positions(model) -> int:
@@ -252,8 +239,6 @@ def notes_of(model, cfg, tokenizer, examples) -> list[str]:
 
 
 # ---- parallel --------------------------------------------------------------------------------------------------------
-
-
 def choose_strategy(strategy: str, model, world_size: int, gpu_bytes: float | None) -> str:
     """auto: ddp where parameters, gradients and Adam's two moments (16 bytes per trained parameter) take at most half a
     GPU. `gpu_bytes`: memory of each GPU; None: the ranks are on CPUs."""
@@ -270,12 +255,10 @@ def blocks(model) -> torch.nn.ModuleList:
 
 
 def is_compiled(model, requested: bool | None) -> bool:
-    """Whether the blocks are compiled, for `model.compile`; by default where a graph holds the attention too, and
-    Triton finds the C compiler that it needs."""
-    if requested is not None:
-        return requested
+    """`model.compile`, or by default whether a graph holds the attention too and Triton finds its C compiler."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    return model.config._attn_implementation == "per_document_varlen" and compiler is not None
+    default = model.config._attn_implementation == "per_document_varlen" and compiler is not None
+    return default if requested is None else requested
 
 
 def compile_blocks(model, loss: "PackedLoss"):
@@ -307,6 +290,7 @@ def parallelize(model, cfg, strategy: str, world_size: int, device: torch.device
     loss = PackedLoss(model, plain_head, cp_group)
     if is_compiled(model, cfg.model.compile):
         compile_blocks(model, loss)
+    dtype = getattr(torch, cfg.model.dtype)
     if strategy == "fsdp":
         shard(model, cfg, world_size, device)
         # The loss does not go through model.forward: have FSDP gather the parameters outside the blocks there too.
@@ -319,7 +303,7 @@ def parallelize(model, cfg, strategy: str, world_size: int, device: torch.device
     # DDP has to know whether a trained parameter gets no gradient, such as an image tower in a text-only run,
     # or experts that no token is sent to: an empty row shows it.
     empty_row = collate(None, [], device, dist.get_rank() % cfg.parallel.context, cfg.parallel.context)
-    with cast_params(model, getattr(torch, cfg.model.dtype)):
+    with cast_params(model, dtype):
         loss(empty_row).backward()
     unused = distributed.broadcast_object(any(p.grad is None for p in model.parameters() if p.requires_grad))
     loss.zero_grad(set_to_none=True)
@@ -327,7 +311,7 @@ def parallelize(model, cfg, strategy: str, world_size: int, device: torch.device
     parallel_loss.broadcast_buffers = False  # In each forward pass: no rank changes a buffer.
     # After the first backward pass DDP regroups its buckets, which changes the rounding. So that is done here, and the
     # first step after a launch is computed as in the middle of a run.
-    with cast_params(model, getattr(torch, cfg.model.dtype)):
+    with cast_params(model, dtype):
         parallel_loss(empty_row).backward()
     loss.zero_grad(set_to_none=True)
     return parallel_loss, model
@@ -338,10 +322,8 @@ def shard(model, cfg, world_size: int, device: torch.device):
     shape, names = (world_size,), ("shard",)
     if cfg.parallel.replicas > 1:
         shape, names = (cfg.parallel.replicas, world_size // cfg.parallel.replicas), ("replicate", "shard")
-    options = {
-        "mesh": init_device_mesh(device.type, shape, mesh_dim_names=names),
-        "mp_policy": MixedPrecisionPolicy(param_dtype=getattr(torch, cfg.model.dtype), reduce_dtype=torch.float32),
-    }
+    precision = MixedPrecisionPolicy(param_dtype=getattr(torch, cfg.model.dtype), reduce_dtype=torch.float32)
+    options = {"mesh": init_device_mesh(device.type, shape, mesh_dim_names=names), "mp_policy": precision}
     if cfg.parallel.cpu_offload:
         options["offload_policy"], device = CPUOffloadPolicy(), torch.device("cpu")
     in_blocks = {module for block in blocks(model) for module in block.modules()}
@@ -394,8 +376,6 @@ class Cast(torch.autograd.Function):
 
 
 # ---- loss ------------------------------------------------------------------------------------------------------------
-
-
 class PackedLoss(torch.nn.Module):
     """Called with a packed row (`packing.collate`): `scale` times the sum of its token losses, a float32 scalar, from
     which the backward pass has to begin (see `HeadLoss`). The output layer runs only where a trained token is
@@ -485,8 +465,7 @@ class HeadLoss(torch.autograd.Function):
 
 @torch.no_grad()
 def has_plain_head(model) -> bool:
-    """Whether the model's logits are its last hidden states times the output weight, with no scale, cap or bias:
-    measured. (False is always safe, only slower.)"""
+    """Measures whether logits are the last hidden states times the output weight, no more. (False is always safe.)"""
     head, ids = model.get_output_embeddings(), torch.arange(4, device=model.device)[None]
     if head is None or getattr(head, "bias", None) is not None:  # A bias may be zero now, and trained.
         return False

@@ -12,8 +12,6 @@ import torch
 
 from templates import IGNORE_INDEX
 
-# ---- which conversations ---------------------------------------------------------------------------------------------
-
 
 def epoch_sizes(counts, weights) -> list[int]:
     """How many conversations of each dataset an epoch has: `weight` times as many as there are, at least one."""
@@ -41,8 +39,7 @@ def notes_on_length(train_cfg, steps: int) -> list[str]:
 def step_examples(counts, step: int, seed: int, global_batch_size: int, weights=(1.0,)) -> np.ndarray:
     """Indices (int64) of the examples of step `step`, from 1: a shuffled order per epoch, cut into global batches.
 
-    The last batch of an epoch may be smaller. `counts`: the number of examples of each dataset; `weights`: passes over
-    each per epoch."""
+    The last batch of an epoch may be smaller. `counts`: examples of each dataset; `weights`: its passes per epoch."""
     counts = (counts,) if isinstance(counts, int) else tuple(counts)
     size = sum(epoch_sizes(counts, weights))
     epoch, batch = divmod(step - 1, math.ceil(size / global_batch_size))
@@ -62,9 +59,6 @@ def epoch_order(counts: tuple[int, ...], weights: tuple[float, ...], seed: int, 
             index = np.random.default_rng([seed, k, 1]).permutation(count)[index]
         chosen.append(sum(counts[:k]) + index)
     return np.random.default_rng([seed, epoch]).permutation(np.concatenate(chosen))
-
-
-# ---- in which row of which rank --------------------------------------------------------------------------------------
 
 
 def pack(indices, lengths, world_size: int, max_tokens: int) -> list[list[list[int]]]:
@@ -107,9 +101,6 @@ def plan_step(lengths, step: int, seed: int, global_batch_size: int, world_size:
     return pack(step_examples(len(lengths), step, seed, global_batch_size), lengths, world_size, max_tokens)
 
 
-# ---- as tensors ------------------------------------------------------------------------------------------------------
-
-
 class Documents:
     """Where the documents of a packed row are: `ends`, a list of their ends; `starts`, 0 and the ends, int32
     (documents + 1,), on the model's device; `lengths` and the `longest` of them, in tokens.
@@ -128,9 +119,7 @@ def cp_slice(tokens: int, cp_rank: int, cp_size: int) -> slice:
     return slice(tokens * cp_rank // cp_size, tokens * (cp_rank + 1) // cp_size)
 
 
-def collate(
-    examples, row: list[int], device="cpu", cp_rank: int = 0, cp_size: int = 1, multiple: int = 1
-) -> dict:  # fmt: skip
+def collate(examples, row: list[int], device="cpu", cp_rank: int = 0, cp_size: int = 1, multiple: int = 1) -> dict:
     """A packed row as tensors: its documents one after the other, each up to where its last trained token is predicted.
 
     Returns input_ids and position_ids, (1, tokens) int64, where positions start at 0 in each document; documents, a
@@ -145,8 +134,7 @@ def collate(
         documents.append((input_ids[:end], predicted[:end]))
     tokens = sum(len(ids) for ids, _ in documents)
     # Each rank has a token.
-    padding = max(0, cp_size - tokens) if multiple == 1 else multiple - tokens % multiple
-    if padding:
+    if padding := max(0, cp_size - tokens) if multiple == 1 else multiple - tokens % multiple:
         documents.append((np.zeros(padding, dtype=np.int32), np.full(padding, IGNORE_INDEX)))
     ends = np.cumsum([len(ids) for ids, _ in documents]).tolist()
     mine = cp_slice(ends[-1], cp_rank, cp_size)
@@ -159,9 +147,8 @@ def collate(
 
     def tensor(array, dtype=torch.int64):
         result = torch.from_numpy(np.asarray(array)).to(dtype)
-        if torch.device(device).type == "cuda":  # From pinned memory a GPU copies while the host goes on.
-            return result.pin_memory().to(device, non_blocking=True)
-        return result
+        # From pinned memory a GPU copies while the host goes on.
+        return result.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else result
 
     return {
         "input_ids": tensor(np.concatenate([ids for ids, _ in documents])[mine])[None],  # (1, tokens)

@@ -9,7 +9,6 @@ import argparse
 import collections
 import contextlib
 import html
-import itertools
 import json
 import math
 import re
@@ -23,30 +22,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import checkpoint
 import config
-import lora
+import model as models
 import packing
 from data import load_mixture, splits_of
-from model import (
-    HeadLoss,
-    PackedLoss,
-    blocks,
-    cast_params,
-    check_model,
-    choose_strategy,
-    is_compiled,
-    load_model,
-    notes_of,
-)  # fmt: skip
 from templates import IGNORE_INDEX, special_ids
 from tokens import choose_template, encode_row, find_stop_ids, load_tokenizer, open_split, tokenize_splits
 
 GIB = 2**30
-PLANNED_STEPS = 100  # Packing is measured on this many steps, spread evenly over the run.
 
 
 def main():
-    usage, raw = "preview.py [CONFIG.yaml] [KEY=VALUE ...] [options]", argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world-size", type=int, help="ranks of the run; default: those of `cluster`, else 1")
     parser.add_argument("--gpu-memory", type=float, help="GiB of each GPU; default: of the GPU here, else 80")
     parser.add_argument("--samples", type=int, default=3, help="conversations of the first step to show (default 3)")
@@ -54,19 +40,15 @@ def main():
     parser.add_argument("--html", metavar="FILE", help="also write the report as an HTML page")
     parser.add_argument("--json", action="store_true", help="print metrics and problems as JSON and nothing else")
     options, arguments = parser.parse_known_args()
-
     report, samples = {"problems": [], "notes": []}, []
     with problem(report):
         preview(config.from_command_line(arguments), options, report, samples)
     if options.html:
         with problem(report):
-            pieces = [*samples, (report_text(report), "")]
-            spans = [f'<span class="{style}">{html.escape(text)}</span>' for text, style in pieces]
-            Path(options.html).write_text(HTML % "".join(spans), encoding="utf-8")
-    if options.json:
-        print(json.dumps(report, indent=2))
-    else:
-        print("".join(text for text, _ in samples) + report_text(report))
+            spans = "".join(f'<span class="{style}">{html.escape(text)}</span>' for text, style in samples)
+            Path(options.html).write_text(HTML % (spans, html.escape(report_text(report))), encoding="utf-8")
+    text = "".join(text for text, _ in samples) + report_text(report)
+    print(json.dumps(report, indent=2) if options.json else text)
     raise SystemExit(1 if report["problems"] else 0)
 
 
@@ -81,15 +63,13 @@ def problem(report: dict):
 
 def preview(cfg, options, report: dict, samples: list[tuple[str, str]]):
     """Fill `report`, and `samples` with pieces of text and their styles (see `sample_pieces`)."""
-    ranks_of_cluster = (cfg.cluster.num_nodes or 1) * (cfg.cluster.gpus_per_node or 1)
-    report["world_size"] = world_size = options.world_size or ranks_of_cluster
+    report["world_size"] = options.world_size or (cfg.cluster.num_nodes or 1) * (cfg.cluster.gpus_per_node or 1)
     with problem(report):
         newest, finished = checkpoint.find_resume_checkpoint(config.to_dict(cfg))
         if newest or finished:
             report["notes"].append(f"{cfg.output_dir} holds the run, {'finished' if finished else f'at {newest.name}'}")
     cfg.tokenizer.date = checkpoint.date_of_run(cfg, time.time())
-    tokenizer = load_tokenizer(cfg)
-    entries, splits, hashes = [], {}, {}
+    tokenizer, entries, splits, hashes = load_tokenizer(cfg), [], {}, {}
     try:
         entries = load_mixture(cfg)
         prepared = tokenize_splits(cfg, tokenizer, entries)
@@ -99,37 +79,37 @@ def preview(cfg, options, report: dict, samples: list[tuple[str, str]]):
         tokenizer.chat_template = prepared["chat_template"]
         files = [path.stat() for path in Path(prepared["cache"]).glob("*.arrow")]
         if unused := [file.st_size for file in files if time.time() - file.st_atime > 30 * 24 * 3600]:
-            text = f"{len(unused):,} files of tokens in {prepared['cache']} were not used for a month"
-            report["notes"].append(f"{text}, {sum(unused) / GIB:.2f} GiB; the README says how to delete them")
+            size = f"{len(unused):,} files of tokens, {sum(unused) / GIB:.2f} GiB"
+            report["notes"].append(f"{prepared['cache']}: {size}, not used for a month; see README.md")
         for split in ("train", "validation"):
             with problem(report):
                 if (examples := open_split(prepared, split, cfg.data)) is not None:
-                    examples.check(split)
                     report[split], hashes[split] = split_metrics(cfg, tokenizer, examples)
                     report["notes"] += [f"{split}: {note}" for note in examples.notes]
                     splits[split] = examples
     if examples := splits.get("train"):
         report["stop_tokens"] = tokenizer.convert_ids_to_tokens(find_stop_ids(tokenizer, examples))
-        report["batches"] = batch_metrics(cfg, examples, world_size)
+        report["batches"] = batch_metrics(cfg, examples, report["world_size"])
+        report["notes"] += packing.notes_on_length(cfg.train, report["batches"]["steps"])
         first = packing.step_examples(examples.counts, 1, cfg.seed, cfg.train.global_batch_size, examples.weights)
         for i in first[: options.samples].tolist():
             samples += sample_pieces(tokenizer, examples, i, options.ids)
     if len(splits) == 2:
-        seen = {key: set(found) for key, found in hashes["train"].items()}
-        report["overlap"] = {key: sum(h in seen[key] for h in found) for key, found in hashes["validation"].items()}
+        seen, found = hashes["train"], hashes["validation"]
+        report["overlap"] = {key: sum(n for h, n in found[key].items() if h in seen[key]) for key in seen}
     with problem(report):
         longest = max((int(examples.lengths.max()) for examples in splits.values()), default=0)
         try:
-            report["memory"] = memory(cfg, tokenizer, options.gpu_memory, longest, report)
+            report["memory"] = needed = memory(cfg, tokenizer, options.gpu_memory, longest, report)
+            if needed["total_gib"] > needed["gpu_gib"]:
+                fix = "model.activation_checkpointing=true, a lower max_tokens_per_micro_batch, or fsdp on more GPUs"
+                report["problems"].append("a GPU needs {total_gib:,} of {gpu_gib:,} GiB: try ".format(**needed) + fix)
         except (RuntimeError, AttributeError, TypeError) as error:  # Some models need tensors with numbers in them.
-            reason = " ".join(str(error).split())[:200]
-            report["notes"].append(f"the memory that {cfg.model.name} needs cannot be predicted: {reason}")
-    judge(cfg, report)
+            report["notes"].append(f"the memory that {cfg.model.name} needs cannot be predicted: {str(error)[:200]!r}")
 
 
-def bad_rows(cfg, tokenizer, entries, most: int = 20) -> list[str]:
-    """Why rows cannot be trained on: the first `most` reasons, each with the first row that has it and how many more
-    there are. Empty where the data cannot be read at all."""
+def bad_rows(cfg, tokenizer, entries) -> list[str]:
+    """The first 20 reasons why rows cannot be trained on, each with its first row and the number of others."""
     places = collections.defaultdict(list)  # By reason.
     with contextlib.suppress(ValueError, OSError):
         chat_template = choose_template(cfg, tokenizer, entries) if entries else None
@@ -140,56 +120,49 @@ def bad_rows(cfg, tokenizer, entries, most: int = 20) -> list[str]:
                 except ValueError as error:
                     place, _, reason = str(error).partition(": ")
                     places[reason].append(place)
-                    if len(places) == most or len(places[reason]) == 1000:  # Enough to start with.
+                    if len(places) == 20 or len(places[reason]) == 1000:  # Enough to start with.
                         break
     more = {reason: f" (and in {len(found) - 1:,} more)" if found[1:] else "" for reason, found in places.items()}
     return [f"{found[0]}: {reason}{more[reason]}" for reason, found in places.items()]
 
 
 # ---- metrics of the data ---------------------------------------------------------------------------------------------
-
-
-def split_metrics(cfg, tokenizer, examples) -> tuple[dict, dict[str, list[int]]]:
-    """The metrics of a split; and the hashes of its conversations' tokens, and of those before the first trained one,
-    the prompts."""
-    last_ids, hashes = collections.Counter(), {"conversations": [], "prompts": []}
+def split_metrics(cfg, tokenizer, examples) -> tuple[dict, dict[str, collections.Counter]]:
+    """The metrics of a split; and the number of each conversation and each prompt (before a trained token), by hash."""
+    last_ids, conversations, prompts = (collections.Counter() for _ in range(3))
     for i in range(len(examples)):
         input_ids, labels = examples[i]
         edges = np.flatnonzero(np.diff(labels != IGNORE_INDEX, prepend=False, append=False))
         last_ids.update(input_ids[edges[1::2] - 1].tolist())  # edges: starts and ends of the trained turns
-        hashes["conversations"].append(hash(input_ids.tobytes()))
+        conversations[hash(input_ids.tobytes())] += 1
         if edges[0]:
-            hashes["prompts"].append(hash(input_ids[: edges[0]].tobytes()))
-    lengths, tokens, trained = examples.lengths, int(examples.lengths.sum()), int(examples.trained_tokens.sum())
-    metrics = {
-        "conversations": len(examples),
+            prompts[hash(input_ids[: edges[0]].tobytes())] += 1
+    metrics = {name: sum(total[name] for total in examples.totals) for name in examples.totals[0]}
+    trained = metrics.pop("trained_tokens")
+    metrics |= {
         "trained_turns": last_ids.total(),
-        "tokens": tokens,
         "supervised_tokens": trained,
-        "supervised_share": round(trained / tokens, 4),
-        "tokens_per_conversation": {f"{q}%": int(np.percentile(lengths, q)) for q in (0, 50, 90, 99, 100)},
-        "overlong": sum(total["overlong"] for total in examples.totals),
+        "supervised_share": round(trained / metrics["tokens"], 4),
+        "tokens_per_conversation": {f"{q}%": int(np.percentile(examples.lengths, q)) for q in (0, 50, 90, 99, 100)},
         "overlong_are": {"drop": "dropped", "truncate": "truncated", "error": "an error"}[cfg.data.overlong],
-        "nothing_to_train": sum(total["nothing_to_train"] for total in examples.totals),
-        "duplicates": len(examples) - len({*hashes["conversations"]}),
+        "duplicates": len(examples) - len(conversations),
         "turns_without_end_token": sum(n for last, n in last_ids.items() if last not in special_ids(tokenizer)),
     }
-    return metrics, hashes
+    return metrics, {"conversations": conversations, "prompts": prompts}
 
 
 def batch_metrics(cfg, examples, world_size: int) -> dict:
-    """Steps of the run, and how full and how even the packed rows of some of them are."""
+    """Steps of the run, and how full and how even the packed rows of 100 of them are, spread evenly over the run."""
     groups = max(1, world_size // cfg.parallel.context)  # Each group of ranks shares its rows.
     max_tokens = cfg.parallel.context * cfg.train.max_tokens_per_micro_batch
-    counts, weights, batch_size = examples.counts, examples.weights, cfg.train.global_batch_size
-    steps_per_epoch, steps = packing.steps_of_run(counts, weights, cfg.train)
+    steps_per_epoch, steps = packing.steps_of_run(examples.counts, examples.weights, cfg.train)
     lengths, sizes, idle, busy = examples.lengths, [], 0.0, 0.0
-    for step in np.unique(np.linspace(1, steps, min(steps, PLANNED_STEPS)).astype(int)).tolist():
-        chosen = packing.step_examples(counts, step, cfg.seed, batch_size, weights)
+    for step in np.unique(np.linspace(1, steps, min(steps, 100)).astype(int)).tolist():
+        chosen = packing.step_examples(examples.counts, step, cfg.seed, cfg.train.global_batch_size, examples.weights)
         plan = packing.pack(chosen, lengths, groups, max_tokens)
         costs = np.array([[packing.cost(row, lengths) for row in rows] for rows in plan])  # (groups, rows of each)
         idle, busy = idle + (costs.max(0) - costs).sum(), busy + costs.sum()  # Ranks wait for each other at each row.
-        sizes += [(lengths[row].sum(), examples.trained_tokens[row].sum()) for row in itertools.chain(*plan)]
+        sizes += [(lengths[row].sum(), examples.trained_tokens[row].sum()) for rows in plan for row in rows]
     tokens, trained_tokens = map(int, max(sizes))
     return {
         "steps_per_epoch": steps_per_epoch,
@@ -202,19 +175,6 @@ def batch_metrics(cfg, examples, world_size: int) -> dict:
     }
 
 
-def judge(cfg, report: dict):
-    """Add what the metrics mean for the run to the notes and problems."""
-    notes = report["notes"]
-    if "batches" in report:
-        notes += packing.notes_on_length(cfg.train, report["batches"]["steps"])
-    needs = report.get("memory")
-    if needs and needs["total_gib"] > needs["gpu_gib"]:
-        report["problems"].append(
-            f"a GPU needs {needs['total_gib']:,} of {needs['gpu_gib']:,} GiB: try model.activation_checkpointing=true, "
-            "a lower train.max_tokens_per_micro_batch, or parallel.strategy=fsdp over more GPUs"
-        )
-
-
 def memory(cfg, tokenizer, gpu_gib: float | None, longest: int, report: dict) -> dict:
     """What a GPU holds at the fullest moment, in GiB, from the sizes of the tensors that the run's own model makes of
     its largest row under FakeTensorMode. A tenth of the GPU is set aside for the CUDA context and the allocator's gaps.
@@ -224,102 +184,79 @@ def memory(cfg, tokenizer, gpu_gib: float | None, longest: int, report: dict) ->
     dtype, context = getattr(torch, cfg.model.dtype), cfg.parallel.context
     tokens = math.ceil(batches.get("largest_row_tokens", context * cfg.train.max_tokens_per_micro_batch) / context)
     trained_tokens = min(batches.get("largest_row_supervised", tokens), tokens)
-    model = load_model(cfg.model, torch.device("cuda"), True, len(tokenizer) if cfg.tokenizer.add_tokens else 0)
-    report.setdefault("notes", []).extend(notes_of(model, cfg, tokenizer, None))
+    model = models.load_model(cfg.model, torch.device("cuda"), True, len(tokenizer) if cfg.tokenizer.add_tokens else 0)
+    report.setdefault("notes", []).extend(models.notes_of(model, cfg, tokenizer, None))
     with FakeTensorMode(allow_non_fake_inputs=True):  # The inputs are the meta model's, to be made fake here.
         model.to_empty(device="cpu")
         model.tie_weights()
-        compiled = is_compiled(model, cfg.model.compile)
+        compiled = models.is_compiled(model, cfg.model.compile)
         if model.config._attn_implementation == "per_document_varlen":
             model.set_attn_implementation("per_document")  # It keeps tensors of the same sizes, and needs no GPU.
-        report.setdefault("notes", []).extend(check_model(model, cfg, world_size, tokenizer, longest))
+        report.setdefault("notes", []).extend(models.check_model(model, cfg, world_size, tokenizer, longest))
         params, head = [*model.parameters()], model.get_output_embeddings().weight
         trained = [p for p in params if p.requires_grad]
-        with cast_params(model, dtype):
+        with models.cast_params(model, dtype):
             copies = sum(p.nbytes for p in {*model.parameters()} - {*params})
-            activations = saved_bytes(model, tokens, trained_tokens, longest or tokens)
+            row = tokens, trained_tokens, longest or tokens
+            activations = saved_bytes(model, *row)
             if cfg.model.activation_checkpointing:  # The backward pass computes those of one block again.
                 getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
-                activations += saved_bytes(model, tokens, trained_tokens, longest or tokens) // len(blocks(model))
+                activations += saved_bytes(model, *row) // len(models.blocks(model))
             elif compiled:  # Fused kernels keep less: 0.65 to 0.73 of it was measured (bench/README.md).
                 activations = int(0.7 * activations)
         # HeadLoss: a chunk's logits and their logarithms in float32, and the gradient of the output layer in `dtype`.
-        saved_by_nf4 = 0
-        if cfg.model.lora.base == "nf4":  # A byte holds two weights, and another byte is the scale of 64.
-            linear = [*lora.linear_layers(model).values()] + [
-                m for m in model.modules() if isinstance(m, lora.LoraLinear)
-            ]
-            saved_by_nf4 = sum(layer.weight.nbytes - layer.weight.numel() * (1 / 2 + 1 / 64) for layer in linear)
-            copies += max(layer.weight.nbytes for layer in linear)  # One at a time, for its products.
-        loss_gradient = 8 * min(trained_tokens * len(head), HeadLoss.LOGITS)
+        loss_gradient = 8 * min(trained_tokens * len(head), models.HeadLoss.LOGITS)
         loss_gradient += dtype.itemsize * head.numel() if head.requires_grad else 0
-        parts = {
-            "weights": sum(p.nbytes for p in params) - saved_by_nf4,
-            "gradients": sum(p.nbytes for p in trained),
-            "optimizer": sum(optimizer_bytes(p, cfg.train.optimizer) for p in trained),
-            "copies": copies,
-            "activations": activations,
-            "loss_gradient": loss_gradient,
-        }
-    strategy = choose_strategy(cfg.parallel.strategy, model, world_size, gpu_gib * GIB)
+        weights, gradients = (sum(p.nbytes for p in each) for each in (params, trained))
+        # Two moments of 4 bytes each, or of 1 with scales for each 256 of them; small parameters' stay in 4.
+        sizes, in_8_bits = [p.numel() for p in trained], cfg.train.optimizer == "adamw_8bit"
+        optimizer = sum(2 * n + 8 * math.ceil(n / 256) if in_8_bits and n >= 4096 else 8 * n + 4 for n in sizes)
+        parts = {"weights": weights, "gradients": gradients, "optimizer": optimizer, "copies": copies}
+        parts |= {"activations": activations, "loss_gradient": loss_gradient}
+    if cfg.model.lora.base == "nf4":  # A byte holds two weights, and another byte is the scale of 64.
+        linear = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight is not head]
+        parts["weights"] -= sum(weight.nbytes - weight.numel() * (1 / 2 + 1 / 64) for weight in linear)
+        parts["copies"] += max(weight.nbytes for weight in linear)  # One at a time, for its products.
+    strategy = models.choose_strategy(cfg.parallel.strategy, model, world_size, gpu_gib * GIB)
     if strategy == "fsdp" and world_size > 1:
-        parts["copies"] = fsdp_copies(model, dtype)
+        # What FSDP gathers, in `dtype`: the root (what is in no block) and a block, while the next one is gathered, and
+        # a block's gradients; and the gradients of one that are reduced in float32.
+        block, root = {*models.blocks(model)[0].parameters()}, {*params} - {*models.blocks(model).parameters()}
+        in_block, in_root = (sum(p.numel() for p in part if p.requires_grad) for part in (block, root))
+        gathered = 2 * sum(p.numel() for p in block | root) + in_block
+        parts["copies"] = dtype.itemsize * gathered + 4 * max(in_block, in_root)
         for name in ("weights", "gradients", "optimizer"):
             parts[name] *= 0 if cfg.parallel.cpu_offload else cfg.parallel.replicas / world_size
     return {
-        "model_weights": sum(p.numel() for p in params),
-        "trained_weights": sum(p.numel() for p in trained),
-        "strategy": strategy,
-        "row_tokens": tokens,
+        **{"model_weights": sum(p.numel() for p in params), "trained_weights": sum(sizes)},
+        **{"strategy": strategy, "row_tokens": tokens},
         **{f"{name}_gib": round(count / GIB, 2) for name, count in parts.items()},
         "total_gib": round(sum(parts.values()) / GIB, 2),
         "gpu_gib": round(0.9 * gpu_gib, 1),
     }
 
 
-def optimizer_bytes(p, optimizer: str) -> int:
-    """Bytes of a parameter's two moments. In 8 bits each 256 have a scale; small parameters' stay float32."""
-    count = p.numel()
-    return 8 * count + 4 if optimizer == "adamw" or count < 4096 else 2 * count + 8 * math.ceil(count / 256)
-
-
-def fsdp_copies(model, dtype: torch.dtype) -> int:
-    """Bytes of what `model.parallelize` has FSDP gather, in `dtype`: the root (what is in no block) and a block, while
-    the next one is gathered, and a block's gradients; and of the gradients of one that are reduced in float32."""
-
-    def sizes(module) -> np.ndarray:
-        return np.array([(p.numel(), p.numel() * p.requires_grad) for p in module.parameters()]).sum(0)
-
-    block, trained_in_block = sizes(blocks(model)[0])
-    root, trained_in_root = sizes(model) - sizes(blocks(model))
-    gathered = 2 * (root + block) + trained_in_block
-    return int(dtype.itemsize * gathered + 4 * max(trained_in_root, trained_in_block))
-
-
 def saved_bytes(model, tokens: int, trained_tokens: int, longest: int) -> int:
-    """Bytes that the forward pass of one packed row keeps for the backward pass, without the parameters themselves.
-    `longest`: tokens of the longest document."""
-    params = {p.untyped_storage()._cdata for p in model.parameters()}
+    """Bytes that a row's forward pass keeps for the backward pass, without parameters; `longest`: of a document."""
     saved = {}  # By storage, which views share. The tensor is held so that no later one gets its address.
 
     def save(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in params:
-            saved[storage._cdata] = (storage.nbytes(), tensor)
+        saved[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
     ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
     positions = torch.zeros(max(1, trained_tokens), dtype=torch.long)
     ends = [*range(longest, tokens, longest), tokens]
     documents = packing.Documents(ends, torch.tensor([0, *ends], dtype=torch.int32))
-    batch = {"input_ids": ids, "position_ids": ids, "documents": documents}
+    row = {"input_ids": ids, "position_ids": ids, "documents": documents}
+    row |= {"loss_positions": positions, "targets": positions}
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        PackedLoss(model, plain_head=True)({**batch, "loss_positions": positions, "targets": positions})
-    return sum(count for count, _ in saved.values())
+        models.PackedLoss(model, plain_head=True)(row)
+    params = {p.untyped_storage()._cdata for p in model.parameters()}
+    return sum(tensor.untyped_storage().nbytes() for storage, tensor in saved.items() if storage not in params)
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
-
 SPLIT = """{name}: {conversations:,} conversations, {trained_turns:,} trained turns
     {tokens:,} tokens, {supervised_tokens:,} of them trained ({supervised_share:.1%})
     {overlong:,} overlong ({overlong_are}), {nothing_to_train:,} with nothing to train, {duplicates:,} duplicates
@@ -339,9 +276,7 @@ LINES = {  # of the report, by key
 
 
 def report_text(report: dict) -> str:
-    lines = []
-    for key in [key for key in LINES if key in report]:
-        lines.append(LINES[key].format(name=key, world_size=report["world_size"], **report[key]))
+    lines = [text.format(name=key, **(report | report[key])) for key, text in LINES.items() if key in report]
     if "stop_tokens" in report:
         lines.append(f"generation stops at: {' '.join(report['stop_tokens'])}")
     for title in [title for title in ("notes", "problems") if report[title]]:
@@ -358,33 +293,27 @@ def sample_pieces(tokenizer, examples, i: int, list_ids: bool) -> list[tuple[str
     place = f"row {examples.row_ids[i]} of {examples.names[examples.dataset_index(i)]} train"
     pieces = [(f"--- {place}, {len(ids):,} tokens, {trained.sum():,} trained; the trained text is in ⟦ ⟧\n", "")]
     edges, before = np.flatnonzero(np.diff(trained) | np.diff(special)) + 1, ""
-    for start, end in itertools.pairwise([0, *edges, len(ids)]):
+    for start, end in zip([0, *edges], [*edges, len(ids)], strict=True):
         # What the tokens add to the text before them: decoded alone, some tokenizers would drop their first space.
         text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        added = re.sub(r"(?m)^ +| +$| {2,}", lambda found: "·" * len(found[0]), text[len(before) :])
+        added = added.replace("\t", "→").replace("\r", "␍").replace("\n", "⏎\n")  # What one would overlook.
         opening = "⟦" if trained[start] and not trained[start - 1] else ""
         closing = "⟧" if trained[start] and not trained[end : end + 1].any() else ""
         style = ["trained"] * int(trained[start]) + ["special"] * int(special[start])
-        pieces.append((f"{opening}{visible(text[len(before) :])}{closing}", " ".join(style)))
+        pieces.append((f"{opening}{added}{closing}", " ".join(style)))
         before = text
     pieces.append(("\n", ""))
-    for k, (id, token) in enumerate(zip(ids, tokenizer.convert_ids_to_tokens(ids.tolist()), strict=True)):
-        if list_ids:
-            pieces.append((f"{k:>6} {id:>8} {'trained' if trained[k] else '-':>8}  {token!r}\n", ""))
+    for k, token in enumerate(tokenizer.convert_ids_to_tokens(ids.tolist()) if list_ids else []):
+        pieces.append((f"{k:>6} {ids[k]:>8} {'trained' if trained[k] else '-':>8}  {token!r}\n", ""))
     return pieces
 
 
-def visible(text: str) -> str:
-    """Show white space that one would overlook: line ends, tabs, spaces at an edge or in a row."""
-    text = re.sub(r"^ +| +$| {2,}|(?<=\n) +| +(?=\n)", lambda found: "·" * len(found[0]), text)
-    return text.replace("\t", "→").replace("\r", "␍").replace("\n", "⏎\n")
-
-
 HTML = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Preview</title><style>
-body{font-family:sans-serif;max-width:70em;margin:2em auto;padding:0 1em}
-pre{white-space:pre-wrap;background:#f6f6f6;padding:1em}
-.trained{background:#b8ecb8}.special{color:#a0209a;font-weight:bold}
+body{font-family:sans-serif;max-width:70em;margin:2em auto} pre{white-space:pre-wrap;background:#f6f6f6;padding:1em}
+.trained{background:#b8ecb8} .special{color:#a0209a;font-weight:bold}
 </style><body><h1>What will be trained</h1><p><span class="trained">Trained</span>,
-<span class="special">special token</span>; · space, → tab, ⏎ line end.</p><pre>%s</pre></body></html>
+<span class="special">special token</span>; · space, → tab, ⏎ line end.</p><pre>%s%s</pre></body></html>
 """
 
 

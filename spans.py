@@ -99,8 +99,12 @@ def turn_end(chat, i: int, own: list[int], start: int) -> int:
     behind = end
     if closing.strip():
         end -= len(closing) - len(closing.rstrip())
-        if not chat.messages[i].get("tool_calls") or chat.closes_answer(i):
+        if not chat.messages[i].get("tool_calls"):
             return end
+        answer = tracing.traced({"role": "assistant", "content": "x.x"}, tracing.Tag(i))
+        text = tracing.joined(chat.try_chunks([*chat.traced[:i], answer]) or [])
+        if not text[: len(text) - len(tracing.untagged_suffix(text))].rstrip().endswith("x.x"):
+            return end  # A plain answer in its place would print a text behind its content, too.
     stop = next((segment.start for segment in segments[last + 1 :] if segment.source != tracing.LITERAL), None)
     after = chat.text[behind:stop]
     # 2. The text behind the turn is EOS, printed together with the next message: "Hi", then "</s>USER: ...".

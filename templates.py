@@ -82,24 +82,18 @@ class Chat:
     def __init__(self, chat_template: str, messages, tools, variables):
         self.plain, self.following, self.has_tags, self.prompts = tracing.compile_template(chat_template)
         self.messages, self.tools = [normalize_message(message) for message in messages], tools
-        self.variables = {"documents": None, **variables}
+        # The date is the same in all renderings: some templates print the time.
+        self.variables = {"documents": None, "strftime_now": datetime.now().strftime, **variables}
         self.traced = [tracing.traced(message, tracing.Tag(i)) for i, message in enumerate(self.messages)]
         self.traced_tools = tracing.traced(tools, tracing.Tag(tracing.TOOLS))
         self.assistants = [i for i, message in enumerate(self.messages) if message.get("role") == "assistant"]
-        # The same in all renderings: some templates print the time.
-        self.strftime_now = variables.get("strftime_now", datetime.now().strftime)
-        self.prints_date = False
         # The generation prompts for an answer in place of message i.
         self.prompts_before = functools.cache(lambda i: self.generation_prompts(self.traced[:i]))
-
-    def strftime(self, format: str) -> str:
-        self.prints_date = True
-        return self.strftime_now(format)
 
     def chunks(self, messages: list[dict], add_generation_prompt=False, traced=True) -> list[str]:
         """What the template prints, piece by piece."""
         template, tools = (self.following, self.traced_tools) if traced else (self.plain, self.tools)
-        variables = {**self.variables, "strftime_now": self.strftime, "messages": messages, "tools": tools}
+        variables = {**self.variables, "messages": messages, "tools": tools}
         variables["add_generation_prompt"] = add_generation_prompt
         try:
             return list(template.root_render_func(template.new_context(variables)))
@@ -160,12 +154,6 @@ class Chat:
             _, self.prompts[key] = self.generation_prompts([tracing.traced(question, tracing.Tag(0))])
         return self.prompts[key]
 
-    def closes_answer(self, i: int) -> bool:
-        """Whether a plain answer in place of message i prints a text behind its content; True where this is unknown."""
-        answer = tracing.traced({"role": "assistant", "content": "x.x"}, tracing.Tag(i))
-        text = tracing.joined(self.try_chunks([*self.traced[:i], answer]) or [])
-        return not text[: len(text) - len(tracing.untagged_suffix(text))].rstrip().endswith("x.x")
-
     def refuse(self, i: int | None, what: str, place: int):
         row = "" if i is None else f"messages[{i}]: "
         raise ValueError(f"{row}{what}, at character {place} ({self.text[place : place + 40]!r}): {ADVICE}")
@@ -179,8 +167,6 @@ def normalize_message(message: dict) -> dict:
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
-
-
 def encode(tokenizer, messages, tools=None, chat_template=None, train_on="all", date=None) -> Encoded:
     """Token ids of a conversation and, where the assistant speaks, the same ids as labels (elsewhere IGNORE_INDEX).
 
@@ -205,6 +191,7 @@ def encode_with_notes(tokenizer, messages, tools, chat_template, train_on="all",
     chosen = [i for i in chosen if is_trained(messages[i], i)]
     keys = {name for message in messages for name, value in message.items() if value} - {*SWITCHES, *READ_KEYS}
     notes = [f"nothing reads the key {name!r} of a message" for name in sorted(keys) if name not in chat_template]
+    notes += ["the template may print the date"] if "strftime_now" in chat_template else []
     notes += notes_of(tokenizer, chat, turns, chosen) + [note for i in chosen for note in check_said(chat, i)]
     if not text.startswith(bos := own_bos(tokenizer)):
         text, turns = bos + text, [(i, start + len(bos), end + len(bos)) for i, start, end in turns]
@@ -290,9 +277,8 @@ def call_form(tokenizer, chat_template: str) -> tuple[str | None, type]:
 
 
 def check_said(chat: Chat, i: int) -> list[str]:
-    """Raises ValueError if the text does not have what message i says. Two things may be missing, as templates leave
-    them out on purpose, and are returned as notes: reasoning, if something else is printed, and a part of the content.
-    """
+    """Raises ValueError if the text does not have what message i says. Templates leave out two things on purpose, which
+    are returned as notes: reasoning, if something else is printed, and a part of the content."""
     message, content = chat.messages[i], text_of(chat.messages[i])
     calls = [call.get("function", call) for call in message.get("tool_calls") or []]
     own = [(s, chat.text[s.start : s.end]) for s in chat.segments if s.printer == i]
@@ -331,7 +317,7 @@ def check_said(chat: Chat, i: int) -> list[str]:
 
 def notes_of(tokenizer, chat: Chat, turns: list[tuple[int, int, int]], chosen: list[int]) -> list[str]:
     """What may surprise in a conversation of which the messages `chosen` are trained, as "kind: example"."""
-    notes = ["the template prints the date"] if chat.prints_date else []
+    notes = []
     if chat.tools and not any(segment.source == tracing.TOOLS for segment in chat.segments):
         notes.append("the template leaves out the tools")
     for message in chat.messages:
@@ -390,8 +376,7 @@ def token_ids(tokenizer, text: str, at_start: bool) -> list[int]:
     """Ids of a piece of the text, without special tokens put around it.
 
     Tokenizers like SentencePiece put a space before what they take for the start of a text. A piece that continues
-    where the prompt ended must not get one before its first special token; from there on it is tokenized as any text.
-    """
+    where the prompt ended must not get one; behind its first special token it is tokenized as any text."""
     continuing = None if at_start else without_prefix_space(tokenizer)
     if continuing is None:
         return tokenizer.encode(text, add_special_tokens=False) if text else []
@@ -407,7 +392,6 @@ def without_prefix_space(tokenizer) -> tokenizers.Tokenizer | None:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     parts = {name: state[name] for name in ("normalizer", "pre_tokenizer")}
     no_space = {"prepend_scheme": "never", "add_prefix_space": False, "prepend": ""}
-    without = json.loads(
-        json.dumps(parts), object_hook=lambda part: {name: no_space.get(name, part[name]) for name in part}
-    )
+    text = json.dumps(parts)
+    without = json.loads(text, object_hook=lambda part: {name: no_space.get(name, part[name]) for name in part})
     return tokenizers.Tokenizer.from_str(json.dumps(state | without)) if without != parts else None

@@ -28,9 +28,6 @@ FEATURES = datasets.Features(input_ids=IDS, labels=IDS, trained_tokens=datasets.
 FEATURES.update(digest=datasets.Value("binary"), is_text=datasets.Value("bool"))  # a text may be cut into pieces
 
 
-# ---- tokenizer and chat template -------------------------------------------------------------------------------------
-
-
 def load_tokenizer(cfg):
     """The tokenizer that a `config.Config` names."""
     for path in Path(cfg.model.name).glob("*.*"):
@@ -59,8 +56,7 @@ def open_native(auto_class, name: str, revision: str | None):
 
 
 def choose_template(cfg, tokenizer, entries: list[data.MixtureEntry]) -> str | None:
-    """The chat template that is trained and saved: that of the configuration, else of the datasets, else of the
-    tokenizer, which may have none."""
+    """The chat template that is trained: the configuration's, else the datasets', else the tokenizer's, if any."""
     chat_template = cfg.tokenizer.chat_template
     brought = {entry.dataset.task_spec.custom_template for entry in entries}
     if not chat_template and len(brought) > 1:
@@ -91,18 +87,14 @@ def find_stop_ids(tokenizer, examples: "TokenizedDataset") -> list[int]:
 
 
 # ---- tokenized once --------------------------------------------------------------------------------------------------
-
-
 def tokenize_splits(cfg, tokenizer, entries: list[data.MixtureEntry]) -> dict:
     """Tokenize the datasets of a configuration, or find them in the cache. Returns plain values that can be sent to
     other ranks: the `chat_template` and, for `open_split`, `names`, `weights` and what `tokenize` returned for each."""
     chat_template = choose_template(cfg, tokenizer, entries)
     prepared = {"chat_template": chat_template, "train": [None] * len(entries), "validation": [None] * len(entries)}
-    prepared |= {"names": [entry.name for entry in entries], "weights": [entry.weight for entry in entries]}
     cache = Path(cfg.data.cache or f"{huggingface_hub.constants.HF_HOME}/sft-tokens")
-    brought = any(entry.dataset.task_spec.custom_template for entry in entries)
-    whose = {None: "the dataset's" if brought else "the tokenizer's", "tokenizer": "the tokenizer's"}
-    prepared |= {"cache": str(cache), "template": whose.get(cfg.tokenizer.chat_template, "the configuration's")}
+    prepared |= {"names": [entry.name for entry in entries], "weights": [entry.weight for entry in entries]}
+    prepared["cache"] = str(cache)
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     options = chat_template, cfg.data.train_on, cache, workers, cfg.tokenizer.date
     for k, split, rows, name in data.splits_of(entries):
@@ -111,9 +103,16 @@ def tokenize_splits(cfg, tokenizer, entries: list[data.MixtureEntry]) -> dict:
 
 
 def open_split(prepared: dict, split: str, data_cfg) -> "TokenizedDataset | None":
-    """A split of what `tokenize_splits` returned; None where it is not read. `data_cfg`: a `config.Data`."""
+    """A split of what `tokenize_splits` returned; None where it is not read. `data_cfg`: a `config.Data`. ValueError
+    where nothing of a dataset is left to train."""
     parts = [part for part in zip(prepared[split], prepared["names"], prepared["weights"], strict=True) if part[0]]
-    return TokenizedDataset(*zip(*parts, strict=True), data_cfg.max_seq_length, data_cfg.overlong) if parts else None
+    if not parts:
+        return None
+    examples = TokenizedDataset(*zip(*parts, strict=True), data_cfg.max_seq_length, data_cfg.overlong)
+    for name, total in zip(examples.names, examples.totals, strict=True):
+        if total["conversations"] == 0:
+            raise ValueError(f"{split!r} of {name} has nothing to train: {total}; see data.max_seq_length")
+    return examples
 
 
 job = None  # What the workers encode: inherited by fork and never pickled, so that rows may be any object.
@@ -121,18 +120,18 @@ job = None  # What the workers encode: inherited by fork and never pickled, so t
 
 def tokenize(rows, name: str, tokenizer, chat_template: str, train_on: str, cache: Path, workers: int, date=None):
     """The files with the tokens of all rows, in order, made now or found in `cache`. Any change to rows, template,
-    tokenizer, options or the code makes other files. `date`: as in `templates.encode`. Raises ValueError with place and
-    reason for a bad row."""
+    tokenizer, options or the code makes other files. `date`: see `templates.encode`. ValueError: as `encode_row`."""
     global job
     modules = sys.modules[__name__], data, files, templates, spans, tracing
     code = [Path(module.__file__).read_text("utf-8") for module in modules]
     today = date or str(datetime.date.today()) if "strftime_now" in (chat_template or "") else ""
     made_by = [tokenizer.backend_tokenizer.to_str(), str(tokenizer.special_tokens_map), *code]
-    parts = [fingerprint(rows), chat_template or "", train_on, today, *made_by]
+    is_table = isinstance(rows, datasets.Dataset)
+    content = rows._fingerprint if is_table else json.dumps([rows[i] for i in range(len(rows))], default=repr)
+    parts = [content, chat_template or "", train_on, today, *made_by]
     key = hashlib.sha256(b"".join(hashlib.sha256(part.encode()).digest() for part in parts)).hexdigest()[:32]
     cache.mkdir(parents=True, exist_ok=True)
-    parallel = sys.platform == "linux" and workers > 1 and len(rows) > 1000
-    if parallel:
+    if parallel := sys.platform == "linux" and workers > 1 and len(rows) > 1000:
         multiprocess.set_start_method("fork", force=True)
     job = rows, name, tokenizer, chat_template, train_on, date
     dataset = datasets.Dataset.from_dict({"i": np.arange(len(rows))}).map(
@@ -146,16 +145,6 @@ def tokenize(rows, name: str, tokenizer, chat_template: str, train_on: str, cach
     return paths
 
 
-def fingerprint(rows) -> str:
-    """Changes when any row does."""
-    if isinstance(rows, datasets.Dataset):
-        return rows._fingerprint
-    digest = hashlib.sha256()
-    for i in range(len(rows)):
-        digest.update(json.dumps(rows[i], default=repr).encode() + b"\n")
-    return digest.hexdigest()
-
-
 def encode_row(rows, i: int, name: str, tokenizer, chat_template: str, train_on: str, date: str | None):
     """Row i of a split, as (`templates.Encoded`, notes, whether it is a text). Raises ValueError with the row's place
     and what is wrong with it."""
@@ -167,11 +156,11 @@ def encode_row(rows, i: int, name: str, tokenizer, chat_template: str, train_on:
             return templates.Encoded(ids, ids), notes, True
         if "input_ids" in row:
             ids, labels = row["input_ids"], row["labels"]
-            if wrong := [id for id in {*ids} if not 0 <= id < len(tokenizer)]:
-                raise ValueError(f"input_ids has {wrong[0]}, which is no token of the tokenizer")
-            if wrong := [k for k, pair in enumerate(zip(ids, labels, strict=True)) if pair[1] not in (pair[0], -100)]:
-                k = wrong[0]
-                raise ValueError(f"labels[{k}] is {labels[k]!r}, but must be input_ids[{k}] = {ids[k]} or -100")
+            for k, (id, label) in enumerate(zip(ids, labels, strict=True)):
+                if not 0 <= id < len(tokenizer):
+                    raise ValueError(f"input_ids[{k}] is {id}, which is no token of the tokenizer")
+                if label not in (id, -100):
+                    raise ValueError(f"labels[{k}] is {label!r}, but must be input_ids[{k}] = {id} or -100")
             return templates.Encoded(ids, labels), notes, False
         messages, tools = row["messages"], row.get("tools")
         encoded, found = templates.encode_with_notes(tokenizer, messages, tools, chat_template, train_on, date)
@@ -184,14 +173,10 @@ def tokenize_row(row: dict) -> dict:
     rows, *options = job
     encoded, notes, is_text = encode_row(rows, row["i"], *options)
     input_ids, labels = np.array(encoded, dtype=np.int32)
-    digest, trained = hashlib.sha256(input_ids.tobytes() + labels.tobytes()).digest(), count_trained(labels)
+    digest = hashlib.sha256(input_ids.tobytes() + labels.tobytes()).digest()
+    trained = np.count_nonzero(labels[1:] != templates.IGNORE_INDEX)  # A document's first token is never predicted.
     found = {"trained_tokens": trained, "digest": digest, "notes": notes, "is_text": is_text}
     return {"input_ids": input_ids, "labels": labels, **found}
-
-
-def count_trained(labels: np.ndarray) -> int:
-    """How many tokens of a document are trained; its first token is never predicted."""
-    return int(np.count_nonzero(labels[1:] != templates.IGNORE_INDEX))
 
 
 class TokenizedDataset:
@@ -231,7 +216,8 @@ class TokenizedDataset:
             if overlong == "truncate":
                 lengths = np.minimum(lengths, max_seq_length)
                 for i in np.flatnonzero(too_long).tolist():
-                    trained[i] = count_trained(labels[int(row_ids[i])].values.to_numpy()[:max_seq_length])
+                    kept_labels = labels[int(row_ids[i])].values.to_numpy()[1:max_seq_length]
+                    trained[i] = np.count_nonzero(kept_labels != templates.IGNORE_INDEX)
             fits = lengths <= max_seq_length
             chosen = fits & (trained > 0)
             self.columns.append((input_ids, labels))
@@ -242,12 +228,6 @@ class TokenizedDataset:
         self.row_ids, self.starts, self.lengths, self.trained_tokens = map(np.concatenate, zip(*kept, strict=True))
         self.counts = [total["conversations"] for total in self.totals]
         self.ends, self.digest = np.cumsum(self.counts), digest.hexdigest()
-
-    def check(self, split: str):
-        """Raises ValueError where nothing is left to train."""
-        for name, total in zip(self.names, self.totals, strict=True):
-            if total["conversations"] == 0:
-                raise ValueError(f"{split!r} of {name} has nothing to train: {total}; see data.max_seq_length")
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -39,12 +39,7 @@ class Tag(NamedTuple):
         return self.hint if self.printer == NONE else self.printer
 
 
-PLAIN = Tag()
-
-
 # ---- strings ---------------------------------------------------------------------------------------------------------
-
-
 class Traced(str):
     """A string with the runs of its characters."""
 
@@ -110,11 +105,10 @@ class Traced(str):
 
 
 def runs_of(text: str) -> list:
-    """The runs of a string. A plain one is the template's own, or a variable such as `bos_token`; escaped text is of
-    another type."""
+    """The runs of a string. A plain one is the template's own or a variable (`bos_token`); escaped text is not."""
     if type(text) is Traced:
         return text.runs
-    return [(len(text), PLAIN if type(text) is str else Tag(UNTRACKED))] if text else []
+    return [(len(text), Tag() if type(text) is str else Tag(UNTRACKED))] if text else []
 
 
 def joined(pieces) -> Traced:
@@ -211,45 +205,29 @@ def traced(value, tag: Tag, labels=LABELS):
 
 
 def walk(value) -> list:
-    """A JSON value and all that is in it, the keys of objects too."""
-    items = itertools.chain(*value.items()) if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [value, *itertools.chain(*map(walk, items))]
+    """A value and all that is in it, the keys of objects too."""
+    items = itertools.chain(*value.items()) if isinstance(value, dict) else value
+    return [value, *itertools.chain(*map(walk, items if isinstance(value, (dict, list, tuple)) else ()))]
 
 
 def tags_in(value) -> set[Tag]:
     """The tags of all the strings, dicts and lists in a value that are traced."""
-    if type(value) is Traced:
-        return {tag for _, tag in value.runs}
-    if not isinstance(value, (dict, list, tuple)):
-        return set()
-    items = itertools.chain(*value.items()) if isinstance(value, dict) else value
-    own = {value.tag} if type(value) in (Dict, List) else set()
-    return own.union(*map(tags_in, items))
+    parts = walk(value)
+    tags = {part.tag for part in parts if type(part) in (Dict, List)}
+    return tags.union(tag for part in parts if type(part) is Traced for _, tag in part.runs)
 
 
 # ---- what the template prints, and for which message -----------------------------------------------------------------
-
-
-def messages_of(value) -> set[int]:
-    """The messages that a value belongs to. A list or dict that the template itself made belongs to those whose values
-    it holds."""
-    if type(value) is Tag:  # from `single_message`
-        return {value.source}
-    tags = [value.tag] if type(value) in (Dict, List) else tags_in(value)
-    return {tag.source for tag in tags if tag.source >= 0}
-
-
 def current_messages(candidates) -> list[int]:
     """The messages that are being processed, innermost loop first: those that one of the values at hand belongs to.
 
-    The values are those of the loop variables, of `messages[i]` and of the arguments of a macro."""
-    return [messages.pop() for messages in map(messages_of, candidates) if len(messages) == 1]
-
-
-def single_message(_, *arguments) -> Tag | None:
-    """The message that the arguments of a macro belong to, if it is only one."""
-    messages = set(current_messages(arguments))
-    return Tag(messages.pop()) if len(messages) == 1 else None
+    The values are those of the loop variables and of `messages[i]`."""
+    found = []
+    for value in candidates:  # What the template itself made belongs to the messages whose values it holds.
+        tags = [value.tag] if type(value) in (Dict, List) else tags_in(value)
+        messages = {tag.source for tag in tags if tag.source >= 0}
+        found += messages if len(messages) == 1 else []
+    return found
 
 
 def tag_output(value, *candidates):
@@ -294,17 +272,13 @@ class OutputTagger(NodeTransformer):
         # In the body `loop` is this loop, so that expressions with the `loop` around it have another meaning.
         outer = [c for c in candidates if not any(name.name == "loop" for name in c.find_all(nodes.Name))]
         names = [name.name for name in nodes.Template([node.target]).find_all(nodes.Name)]
-        by_name, by_loop = indexed_messages(node.body, names)
-        inner = [*by_name, *(nodes.Name(name, "load") for name in names), *by_loop, *outer]
+        inner = [*indexed_messages(node.body, names), *(nodes.Name(name, "load") for name in names), *outer]
         node.body = [self.visit(child, inner) for child in node.body]
         return node
 
     def visit_Macro(self, node, candidates):
-        names = [argument.name for argument in node.args]
-        by_name, _ = indexed_messages(node.body, names)
-        # A macro gets a part of a message, mostly, such as its content.
-        single = filtered(nodes.Const(None), "__single_message", [nodes.Name(name, "load") for name in names])
-        return self.generic_visit(node, [*by_name, single, *candidates])
+        indexed = indexed_messages(node.body, [argument.name for argument in node.args])
+        return self.generic_visit(node, [*indexed, *candidates])
 
     def visit_Output(self, node, candidates):
         for k, child in enumerate(node.nodes):
@@ -327,26 +301,21 @@ def filtered(node, name: str, arguments) -> nodes.Filter:
     return nodes.Filter(node, name, list(arguments), [], None, None, lineno=node.lineno)
 
 
-def indexed_messages(body: list[nodes.Node], names: list[str]) -> tuple[list, list]:
-    """The expressions `messages[i]` in a body, for each `i` of `names`, and those like `messages[loop.index0]`."""
+def indexed_messages(body: list[nodes.Node], names: list[str]) -> list[nodes.Getitem]:
+    """The expressions `messages[i]` in a body, for each `i` of `names`."""
     body = nodes.Template(body)
     # A variable that the body assigns may have no value yet where its name stands.
     assigned = {name.name for name in body.find_all(nodes.Name) if name.ctx == "store"}
-    by_name, by_loop = {}, {}
+    found = {}
     for item in body.find_all(nodes.Getitem):
         if not isinstance(item.node, nodes.Name) or item.node.name in assigned:
             continue
-        index = item.arg
-        if isinstance(index, nodes.Name) and index.name in names:
-            by_name[item.node.name, index.name] = item
-        elif isinstance(index, nodes.Getattr) and index.attr == "index0" and getattr(index.node, "name", "") == "loop":
-            by_loop[item.node.name] = item
-    return [*by_name.values()], [*by_loop.values()]
+        if isinstance(item.arg, nodes.Name) and item.arg.name in names:
+            found[item.node.name, item.arg.name] = item
+    return [*found.values()]
 
 
 # ---- the environment -------------------------------------------------------------------------------------------------
-
-
 class TracingEnvironment(ImmutableSandboxedEnvironment):
     """The sandbox of transformers, in which no operation on a traced text returns plain text."""
 
@@ -421,7 +390,6 @@ OWN_FILTERS = {
     "trim": lambda value, chars=None: as_traced(value).strip(chars),
     "__tag_output": tag_output,
     "__tag_stored": tag_stored,
-    "__single_message": single_message,
     "__concat": lambda *values: joined(values),
 }
 

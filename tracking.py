@@ -49,6 +49,7 @@ class Tracker:
             # All launches of a run are one run of W&B, whose id is kept in a file.
             id_file, wanted = output_dir / "wandb_id", config["logger"]["wandb"]
             id, name = id_file.read_text(encoding="utf-8") if start and id_file.is_file() else None, wanted["name"]
+            self.wandb_html = wandb.Html
             self.wandb = wandb.init(project=wanted["project"], name=name, config=config, id=id, resume="allow")
             id_file.write_text(self.wandb.id, encoding="utf-8")
         self.profiled, self.profiler = config["train"]["profile"] or [0, 0], None  # first and last step
@@ -89,9 +90,7 @@ class Tracker:
         """Print a text, such as a sample, and show it in TensorBoard and W&B under `name`."""
         self.say(text)
         if self.wandb:
-            import wandb
-
-            self.wandb.log({name: wandb.Html(f"<pre>{html.escape(text)}</pre>")}, step=step)
+            self.wandb.log({name: self.wandb_html(f"<pre>{html.escape(text)}</pre>")}, step=step)
         if self.tensorboard:
             self.tensorboard.add_text(name, text.replace("\n", "  \n"), step)  # Markdown's line breaks
 
@@ -115,7 +114,6 @@ class Tracker:
 
 
 # ---- what the machine does -------------------------------------------------------------------------------------------
-
 PEAKS = {  # dense bfloat16 operations a second of NVIDIA's data sheets, by a part of the device's name
     **{"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12},
     **{"L4": 121e12, "RTX 4090": 165e12},
@@ -138,8 +136,7 @@ class Meter:
         self.head_flops = flops(head)  # only trained tokens need the output layer
 
     def measure(self, tokens: int, trained_tokens: int, seconds: float) -> dict[str, float]:
-        """Metrics of a step over all ranks, and the most memory that this one has had in use: of its GPU, else of the
-        process."""
+        """Metrics of a step over all ranks, and the most memory that this one has used: of its GPU, else in all."""
         mfu = (self.flops * tokens + self.head_flops * trained_tokens) / seconds / self.peak
         if self.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(self.device) / 2**30
@@ -154,10 +151,12 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     if known := [flops for part, flops in PEAKS.items() if part in name]:
         return known[0]
-    size, seconds = 8192 if name else 1024, []
-    a = torch.ones(size, size, device=device, dtype=dtype)
-    for _ in range(4):
-        began = time.perf_counter()
-        (a @ a)[0, 0].item()
-        seconds.append(time.perf_counter() - began)
-    return 2 * size**3 / min(seconds)
+    measured, seconds = [], 0.0
+    for size in [8192] * 4 if name else [64, 256, 512, 1024, 1024, 1024]:
+        if name or seconds < 0.1:  # A CPU without bfloat16 takes 3 s for a large product in it.
+            a = torch.ones(size, size, device=device, dtype=dtype)
+            began = time.perf_counter()
+            (a @ a)[0, 0].item()
+            seconds = time.perf_counter() - began
+            measured.append(2 * size**3 / seconds)
+    return max(measured)

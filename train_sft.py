@@ -60,16 +60,17 @@ def main():
         dataset = load_data(cfg, rank, local_rank)
 
         # ---- the run folder, and where the run resumes ----
-        lock = launch_id = resume_from = None
-        if rank == 0:  # It decides for all ranks where the run resumes, and holds the lock as long as `lock` lives.
-            lock, launch_id, resume_from = checkpoint.open_run_folder(config.to_dict(cfg), launched)
+        # Rank 0 decides for all ranks where the run resumes, and holds the lock as long as `lock` lives.
+        lock, *found = checkpoint.open_run_folder(config.to_dict(cfg), launched) if rank == 0 else [None] * 3
         distributed.wait_for_all("run folder")
-        launch_id, resume_from = distributed.broadcast_object((launch_id, resume_from))
+        launch_id, resume_from = distributed.broadcast_object(found)
         checkpoint.wait_for_run_folder(output_dir, launch_id)  # Until this node sees what rank 0 has written there.
         train_set, start = dataset.train_set, 0
         steps_per_epoch, steps = packing.steps_of_run(train_set.counts, train_set.weights, cfg.train)
-        if resume_from:  # ValueError if the data have changed, or if the run is already past its last step.
-            start = checkpoint.check_resume(resume_from, steps, train_set.digest)
+        if resume_from and (start := checkpoint.step_of(resume_from)) > steps:
+            raise ValueError(f"{resume_from} is past the end of the run: raise train.max_steps or train.max_epochs")
+        if resume_from and checkpoint.read_info(resume_from)["data"] != train_set.digest:
+            raise ValueError(f"{resume_from} was trained on other data: restore it, or name another output_dir")
         if rank == 0:
             checkpoint.write_status(output_dir, "running", start)
             checkpoint.write_atomically(output_dir / "config.yaml", config.dump(cfg))
@@ -83,18 +84,16 @@ def main():
         distributed.fail(error, record_reason if opened else lambda reason: None)
 
 
-def train(
-    cfg, device, dataset: "Data", start: int, steps: int, resume_from: Path | None, started: float, record_reason
-):
+def train(cfg, device, dataset: "Data", start: int, steps: int, resume_from, started: float, record_reason):
     """Train from step `start` + 1 to `steps`, or until a stop is requested. `resume_from`: the checkpoint of step
-    `start`; `started`: when this process started, for `checkpoint.must_save_by`; `record_reason`: see `fail`."""
+    `start` or None; `started`: when this process did, for `checkpoint.must_save_by`; `record_reason`: see `fail`."""
     rank, world_size = distributed.rank_and_world_size()
     output_dir, dtype, train_set = Path(cfg.output_dir), getattr(torch, cfg.model.dtype), dataset.train_set
 
     # ---- model, DDP or FSDP, optimizer; restored from the checkpoint ----
     model, parallel_model, optimizer, strategy, can_pack = build_model(cfg, device, dataset)
     adapter = getattr(model, "adapter_config", None)
-    info = {"data": train_set.digest, "base": adapter and adapter["revision"], "chat template": dataset.template}
+    info = {"data": train_set.digest, "base": adapter and adapter["revision"]}
     if resume_from:
         checkpoint.load(resume_from, model, optimizer, info["base"])
     # Neighboring ranks that share a row (context parallelism) get the same rows, and each its slice of them. A row has
@@ -107,16 +106,14 @@ def train(
 
     # For each new length of a row a GPU's library takes milliseconds to choose its kernels, so there are few lengths.
     multiple = 128 if can_pack and device.type == "cuda" else 1
-    collate = functools.partial(
-        packing.collate, device=device, cp_rank=rank % cp_size, cp_size=cp_size, multiple=multiple
-    )
+    options = {"device": device, "cp_rank": rank % cp_size, "cp_size": cp_size, "multiple": multiple}
+    collate = functools.partial(packing.collate, **options)
 
     # ---- what the run writes ----
     repaired = repair_generation(model.generation_config)
     meta = meta_model(model.config, model.generation_config, dtype, adapter)
     tokenizer = copy.deepcopy(dataset.tokenizer)  # The writer's thread uses it while the loop does.
-    keep, async_save = cfg.checkpoint.keep, cfg.checkpoint.async_save
-    writer = checkpoint.CheckpointWriter(output_dir, keep, async_save, meta, tokenizer, dataset.stop_ids)
+    writer = checkpoint.CheckpointWriter(output_dir, cfg.checkpoint, meta, tokenizer, dataset.stop_ids)
     tracker = None
     if rank == 0:
         for note in repaired:
@@ -166,8 +163,7 @@ def train(
             parameters["lr"] = rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        # The loop waits for the GPU here, once per step, while the optimizer's kernels run: so it has the next step's
-        # first kernels ready when they end. Where it fails here, nothing more is saved.
+        # The only place where the loop waits for the GPU, while the optimizer's kernels run there.
         loss, ranks_stopping, grad_norm = values()
         loss /= world_size
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -221,8 +217,6 @@ def end_run(cfg, tracker: Tracker, step: int, steps: int, stop: str | None):
 
 
 # ---- phases of `main` and `train`, in their order --------------------------------------------------------------------
-
-
 def launch(cfg) -> tuple[int, int]:
     """(rank, local rank) as torchrun has set them. Without torchrun: launch several ranks if they are requested."""
     if not dist.is_torchelastic_launched():
@@ -266,7 +260,6 @@ class Data(NamedTuple):
     val_set: tokens.TokenizedDataset | None  # None where the run never validates.
     stop_ids: list[int]
     to_score: list[evaluate.EvalExample] | None
-    template: str  # Whose chat template it is.
 
     def longest(self) -> int:
         """Tokens of the longest conversation."""
@@ -274,8 +267,7 @@ class Data(NamedTuple):
 
 
 def load_data(cfg, rank: int, local_rank: int) -> Data:
-    """One rank per node reads and tokenizes the datasets; the others wait for it on torchrun's store, which has no
-    timeout, and open what it has cached."""
+    """One rank per node tokenizes the datasets; the others wait for it on torchrun's store, which has no timeout."""
     tokenizer = tokens.load_tokenizer(cfg)
     key = f"tokens/{os.environ.get('GROUP_RANK')}"
     if local_rank == 0:
@@ -290,7 +282,6 @@ def load_data(cfg, rank: int, local_rank: int) -> Data:
     for split, examples in splits.items():
         if examples is None:
             continue
-        examples.check(split)
         if rank == 0:
             for name, weight, total in zip(examples.names, examples.weights, examples.totals, strict=True):
                 print(
@@ -306,25 +297,23 @@ def load_data(cfg, rank: int, local_rank: int) -> Data:
         to_score, _ = evaluate.eval_examples(mixture, tokenizer, template, stop_ids, count, date)
     distributed.wait_for_all("tokens")
     check_same_data(cfg, tokenizer.chat_template, *splits.values())
-    return Data(tokenizer, *splits.values(), stop_ids, distributed.broadcast_object(to_score), prepared["template"])
+    return Data(tokenizer, *splits.values(), stop_ids, distributed.broadcast_object(to_score))
 
 
 def check_same_data(cfg, chat_template: str, train_set, val_set):
     """Raises ValueError where a node reads another configuration or other data than the first one does."""
-    mine = config.to_dict(cfg) | {"chat template": chat_template}
+    mine = config.to_dict(cfg) | {"chat template": chat_template, "cluster": None, "logger": None}
     mine["training split"], mine["validation split"] = train_set.digest, val_set and val_set.digest
     # The paths of data and model may differ between nodes, but not what is there.
     mine["data"] |= {"dataset": None, "args": None, "cache": None}
     mine["model"] |= {"name": None}
-    mine |= {"cluster": None, "logger": None}
     first = distributed.broadcast_object(mine)
     if different := [name for name in mine if mine[name] != first[name]]:
         raise ValueError(f"{os.uname().nodename} differs from the first node in: {', '.join(different)}")
 
 
 def build_model(cfg, device, dataset: Data):
-    """(the model, which holds the parameters; `PackedLoss`, or DDP around it, to call; the optimizer; ddp or fsdp;
-    whether a row can hold several documents)."""
+    """(the model with the parameters; what to call; the optimizer; ddp or fsdp; whether rows can hold documents)."""
     rank, world_size = distributed.rank_and_world_size()
     dtype, strategy, meta = getattr(torch, cfg.model.dtype), "ddp", None  # One rank has nothing to shard.
     rows = len(dataset.tokenizer) if cfg.tokenizer.add_tokens else 0
@@ -345,8 +334,7 @@ def build_model(cfg, device, dataset: Data):
 
     cp_group = dist.new_subgroups(cfg.parallel.context)[0] if cfg.parallel.context > 1 else None
     parallel_model, model = parallelize(model, cfg, strategy, world_size, device, cp_group)
-    # Before any forward pass, after which FSDP may leave gathered parameters in place of its shards. (When a checkpoint
-    # is saved, `state_of` has FSDP free them.)
+    # Before any forward pass, after which FSDP may leave gathered parameters in place of its shards.
     optimizer = make_optimizer(model, cfg.train)
     with cast_params(model, dtype):
         can_pack &= attention.isolates_documents(model, device, dtype, longest=longest)
@@ -386,11 +374,8 @@ def make_optimizer(model, train_cfg) -> torch.optim.Optimizer:
 
 
 # ---- parts of a step -------------------------------------------------------------------------------------------------
-
-
 def forward_backward(parallel_model, batches: list[dict], scale: float) -> torch.Tensor:
-    """Add the gradients of `scale` times the token losses of these packed rows. Returns `scale` times the sum of the
-    token losses of each row, float64 (rows,)."""
+    """Add the gradients of `scale` times the token losses of these packed rows. Returns their sums, float64 (rows,)."""
     losses = []
     for i, batch in enumerate(batches):
         distributed.progress()
@@ -403,8 +388,7 @@ def forward_backward(parallel_model, batches: list[dict], scale: float) -> torch
 
 
 def clip_grad_norm(model, max_norm: float | None) -> torch.Tensor:
-    """Clip the gradients to `max_norm`, if any. Returns their norm before clipping, over all ranks, as a float64 scalar
-    tensor: nothing waits for the GPU here."""
+    """Clip the gradients. Returns their norm before, over all ranks, as a float64 tensor: nothing waits for a GPU."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     mesh = getattr(gradients[0], "device_mesh", None)
     if mesh is not None:
@@ -444,24 +428,18 @@ def out_of_patience(val_losses: list[float], patience: int | None) -> bool:
 
 
 @torch.no_grad()
-def validate(
-    cfg, model, parallel_model, dataset: Data, my_rows, collate, tracker, val_losses: list, step: int, score: bool
-) -> dict:
+def validate(cfg, model, parallel_model, dataset, my_rows, collate, tracker, val_losses, step: int, score: bool):
     """Log the token-weighted mean loss over the validation examples, the answers to the sample prompts and, with
     `score` or where the run ends with it, the scores of answers. Adds the loss to `val_losses`, and returns it as
     {"val/loss": ...}. Raises FloatingPointError where it is not finite."""
-    tokenizer, _, examples, stop_ids, to_score, _ = dataset
+    tokenizer, _, examples, stop_ids, to_score = dataset
     # The same examples each time. Each dataset is in rows of its own, so that it has a loss of its own.
     ranges = [examples_of[: cfg.validation.max_examples] for examples_of in examples.ranges()]
     sums = torch.zeros(len(ranges), dtype=torch.float64, device=model.device)
-    answer = functools.partial(
-        evaluate.answer_all, model, tokenizer, stop_ids=stop_ids, max_tokens=cfg.train.max_tokens_per_micro_batch,
-        max_prompt=cfg.data.max_seq_length,
-    )  # fmt: skip
-    samples = [
-        evaluate.eval_example(tokenizer, *examples[i], stop_ids, None, examples.dataset_index(i))
-        for i in examples.first(cfg.validation.samples)
-    ]
+    limits = stop_ids, cfg.train.max_tokens_per_micro_batch, cfg.data.max_seq_length
+    answer = functools.partial(evaluate.answer_all, model, tokenizer)
+    first = ((*examples[i], stop_ids, None, examples.dataset_index(i)) for i in examples.first(cfg.validation.samples))
+    samples = [evaluate.eval_example(tokenizer, *example) for example in first]
     samples = [sample for sample in samples if sample.prompt]  # A document has none.
     model.eval()
     cast = functools.partial(cast_params, model, getattr(torch, cfg.model.dtype))
@@ -479,8 +457,8 @@ def validate(
     val_losses.append(loss)
     score |= out_of_patience(val_losses, cfg.validation.patience)
     with cast():
-        scores = evaluate.score(to_score, answer(to_score), examples.names) if score and to_score else {}
-        answers = answer(samples) if samples else []
+        scores = evaluate.score(to_score, answer(to_score, *limits), examples.names) if score and to_score else {}
+        answers = answer(samples, *limits) if samples else []
     model.train()
     perplexity, trained = math.exp(min(loss, 700)), sum(trained_tokens)
     metrics = {"val/loss": loss, "val/perplexity": perplexity, "val/supervised_tokens": trained}

@@ -104,7 +104,10 @@ def differences(model_config, **asked) -> tuple[float, float, bool, bool]:
     model_class = modeling.model_class(asked.name, model_config)
     kernel = attention.choose(asked.attention, asked.dtype, model_class, CPU)
     model = random_model(model_config, kernel)
-    modeling.prepare_for_training(model, asked)
+    model.config.use_cache = False
+    model.train()
+    if asked.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     apart = attention.check_packing(model, asked.name, torch.float32)
     plain = modeling.has_plain_head(model)
     model.eval()

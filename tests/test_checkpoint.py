@@ -43,7 +43,8 @@ def a_step(model, optimizer):
 def writer(output_dir, model, keep=9, async_save=False):
     empty = meta_model(model.config, model.generation_config, torch.float32)
     tokenizer = AutoTokenizer.from_pretrained("configs/quickstart")
-    return checkpoint.CheckpointWriter(output_dir, keep, async_save, empty, tokenizer, [3])
+    cfg = config.Checkpoint(keep=keep, async_save=async_save)
+    return checkpoint.CheckpointWriter(output_dir, cfg, empty, tokenizer, [3])
 
 
 def trained_and_saved(output_dir, steps=(1,), **options):
@@ -263,7 +264,7 @@ def test_a_model_card_says_what_was_trained_and_nothing_of_this_machine(tmp_path
     overrides += [f"tokenizer.chat_template={tmp_path}/secret.jinja", f"data.cache={tmp_path}", "train.eps=0.5"]
     (tmp_path / "config.yaml").write_text(config.dump(config.load(None, [*overrides, f"output_dir={tmp_path}"])))
     model, optimizer = tiny()
-    info = {"data": "digest", "chat template": "the configuration's", "train/loss": 1.25, "val/loss": 2.5}
+    info = {"data": "digest", "train/loss": 1.25, "val/loss": 2.5}
     writer(tmp_path, model).save(1, model, optimizer, info)
     checkpoint.make_model_folder(tmp_path / "checkpoints/step_00000001", tmp_path / "model", merge=False)
     text, again = (
@@ -272,7 +273,7 @@ def test_a_model_card_says_what_was_trained_and_nothing_of_this_machine(tmp_path
     assert text == again and str(tmp_path) not in text and "alice" not in text and "secret" not in text
     card = ModelCard(text)
     assert card.data.datasets == ["a/b"] and card.data.base_model is None and "| data | chats.jsonl, a/b |" in text
-    for name, value in [("base model", "base"), ("chat template", "the configuration's"), ("step", 1), ("eps", 0.5),
+    for name, value in [("base model", "base"), ("chat template", "chat_template.jinja"), ("step", 1), ("eps", 0.5),
                         ("train/loss", 1.25), ("val/loss", 2.5)]:  # fmt: skip
         assert f"| {name} | {value} |" in text
     (tmp_path / "config.yaml").write_text(config.dump(config.load(None, ["model.name=owner/base"])))

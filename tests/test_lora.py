@@ -428,6 +428,7 @@ def test_the_revision_of_a_base_may_not_change():
     assert checkpoint.differing_keys(a, b) == ["model.revision ('x1' there, 'x2' now)"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_s_adapter_is_merged_from_its_state(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     step = tmp_path / "run/checkpoints/step_00000004"

@@ -12,8 +12,9 @@ from transformers import AutoTokenizer
 
 import config
 import preview
-from checkpoint import adam_state
+from checkpoint import state_of
 from model import cast_params, load_model
+from train_sft import make_optimizer
 
 QUICKSTART = ["configs/quickstart.yaml", "data.dataset=configs/quickstart/capitals.py:Capitals"]
 
@@ -142,7 +143,8 @@ def test_the_predicted_memory_is_that_of_real_tensors(monkeypatch, checkpointing
     model = load_model(cfg.model, torch.device("cpu"))
     params = [*model.parameters()]
     assert predicted["weights_gib"] == predicted["gradients_gib"] == sum(p.nbytes for p in params)
-    assert predicted["optimizer_gib"] == sum(state.nbytes for p in params for state in adam_state(p).values())
+    state = state_of(model, make_optimizer(model, cfg.train))
+    assert predicted["optimizer_gib"] == sum(t.nbytes for name, t in state.items() if name.startswith("optimizer."))
     assert predicted["copies_gib"] == sum(2 * p.numel() for p in params)
     with cast_params(model, torch.bfloat16):
         saved = preview.saved_bytes(model, 300, 40, 300)
