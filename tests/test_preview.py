@@ -40,7 +40,7 @@ def test_the_report_shows_what_is_trained_and_starts_nothing(tmp_path):
 
 
 def test_a_page_that_cannot_be_written_is_a_problem(tmp_path):
-    text = run(tmp_path, *QUICKSTART, "--html", tmp_path / "nowhere/page.html", expect=1)
+    text = run(tmp_path, "configs/chats.yaml", "--html", tmp_path / "nowhere/page.html", expect=1)
     assert "page.html" in text and "no problems" not in text
 
 
@@ -92,7 +92,7 @@ def test_the_metrics_as_json_are_those_of_the_data(tmp_path):
     ],
 )
 def test_what_would_stop_the_run_is_a_problem_and_exit_code_1(tmp_path, arguments, named):
-    arguments = [*QUICKSTART, f"output_dir={tmp_path / 'out'}", *arguments, "--json"]
+    arguments = ["configs/chats.yaml", f"output_dir={tmp_path / 'out'}", *arguments, "--json"]
     report = json.loads(call(preview.main, *arguments, expect=1, home=HOME)[0])
     assert any(named in text for text in report["problems"])
 
