@@ -1,7 +1,6 @@
 """Checkpoints: write, find, load, rotate, export; the run folder. What is called `step_*` is complete: it was renamed.
 
-python checkpoint.py FOLDER/step_00000010 DIR  # makes a model folder of its state/ (a LoRA adapter is merged)
-python checkpoint.py FOLDER/model DIR          # merges a LoRA adapter into its base
+python checkpoint.py FOLDER DIR  # makes a model folder of a step's state/; merges an adapter (of FOLDER/model, too)
 python checkpoint.py FOLDER --push OWNER/NAME [--private]  # uploads the model of a run, or a folder of one, to the Hub
 """
 

@@ -7,6 +7,7 @@ import gzip
 import importlib.util
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +24,12 @@ CONFIGS = Path(__file__).parent / "configs"
 BY_NAME = "by name"  # as `validation`: the split that has such a name, or files of such names
 
 FORMATS = {  # and the columns that a row of each has
-    "messages": {"messages"},  # [{"role": "user", "content": "..."}, ...]
-    "prompt_completion": {"prompt", "completion"},  # two texts, or two lists of messages: the completion is trained
-    "alpaca": {"instruction", "output"},  # and perhaps those of `OF_ALPACA`
-    "sharegpt": {"conversations"},  # [{"from": "human", "value": "..."}, ...]
-    "text": {"text"},  # a document, all of which is trained
-    "tokens": {"input_ids", "labels"},  # labels: the same ids, -100 where nothing is trained
+    "messages": ("messages",),  # [{"role": "user", "content": "..."}, ...]
+    "prompt_completion": ("prompt", "completion"),  # two texts, or two lists of messages: the completion is trained
+    "alpaca": ("instruction", "output"),  # and perhaps those of `OF_ALPACA`
+    "sharegpt": ("conversations",),  # [{"from": "human", "value": "..."}, ...]
+    "text": ("text",),  # a document, all of which is trained
+    "tokens": ("input_ids", "labels"),  # labels: the same ids, -100 where nothing is trained
 }
 NO_CHAT = ("text", "tokens")  # formats that are read only where `data.args.format` names them
 NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")
@@ -260,7 +261,7 @@ def to_conversation(row, format: str | None, columns: dict) -> dict:
         row = others | {name: row[theirs] for name, theirs in columns.items()}
     there = {name for name, value in row.items() if value is not None} if isinstance(row, dict) else set()
     wanted = [format] if format else [name for name in FORMATS if name not in NO_CHAT]
-    fitting = [name for name in wanted if FORMATS[name] <= there]
+    fitting = [name for name in wanted if there.issuperset(FORMATS[name])]
     if len(fitting) != 1:
         kinds = f"{' and '.join(fitting) or 'no format'} with data.args.format = {format or 'null'}"
         fix = f"there are {FORMATS}; data.args.columns={{messages: dialogue}} takes the column dialogue for messages"
@@ -285,9 +286,13 @@ def to_conversation(row, format: str | None, columns: dict) -> dict:
 
 
 def from_prompt_completion(row: dict) -> list[dict]:
-    prompt, completion = row["prompt"], row["completion"]
-    prompt = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    completion = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
+    sides = []
+    for name, role in (("prompt", "user"), ("completion", "assistant")):
+        side = row[name]
+        if isinstance(side, str) and re.match(r'\s*\[\s*\{\s*"(role|content)"\s*:', side):
+            side = from_json(side, name)  # messages in a spreadsheet
+        sides.append(side if isinstance(side, list) else [{"role": role, "content": side}])
+    prompt, completion = sides
     # An answer in the prompt is part of the question.
     question = [{**m, "train": m.get("train") or False} if m.get("role") == "assistant" else m for m in prompt]
     return question + completion

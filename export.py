@@ -67,9 +67,9 @@ def try_export(meta, tokenizer, stop_ids: list[int], output_dir: Path):
                 raise ValueError("the saved tokenizer gives other tokens")
             if not is_adapter:
                 wrong = open_on_paper(folder, AutoConfig.from_pretrained(folder))
-                wrong = wrong["unexpected_keys"] | wrong["mismatched_keys"] | (wrong["missing_keys"] & saved.keys())
-                if wrong:
-                    raise ValueError(f"the saved parameters do not open again: {sorted(map(str, wrong))[:3]}")
+                missing = wrong["missing_keys"] & saved.keys()
+                if keys := wrong["unexpected_keys"] | wrong["mismatched_keys"] | missing:
+                    raise ValueError(f"the saved parameters do not open again: {sorted(map(str, keys))[:3]}")
         except Exception as error:
             raise ValueError(f"this model cannot be saved: {error}; correct its folder, or a copy of it") from error
 

@@ -15,7 +15,8 @@ import pyarrow.parquet
 from datasets.data_files import SPLIT_KEYWORDS
 from huggingface_hub.utils.sha import sha_fileobj
 
-ENDINGS = (*(kind + packed for kind in (".jsonl", ".json", ".csv") for packed in ("", ".gz", ".zst")), ".parquet")
+LINES, TABLES = (".jsonl", ".ndjson"), (".csv", ".tsv")
+ENDINGS = (*(kind + packed for kind in (*LINES, ".json", *TABLES) for packed in ("", ".gz", ".zst")), ".parquet")
 SPLITS = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}  # {"dev": "validation", ...}
 FILE_ROWS = datasets.Features({"place": datasets.Value("string"), "json": datasets.Value("binary")})
 
@@ -86,12 +87,12 @@ def numbered_rows(file: str):
         tables = (datasets.Dataset(pyarrow.Table.from_batches([batch])) for batch in batches)
         return enumerate(without_filled_in(row, table.features) for table in tables for row in table)
     lines = gzip.open(file) if ending.endswith(".gz") else io.BufferedReader(pyarrow.input_stream(file))
-    if ending.startswith(".jsonl") and not (encoding := json.detect_encoding(lines.peek(4))).startswith("utf-8"):
+    if ending.startswith(LINES) and not (encoding := json.detect_encoding(lines.peek(4))).startswith("utf-8"):
         raise ValueError(f"is {encoding.upper()}, but lines of JSON are read as UTF-8: save it as UTF-8")
-    if not ending.startswith(".jsonl"):
+    if not ending.startswith(LINES):
         text = lines.read()
         text = text.decode(json.detect_encoding(text))  # of UTF-8 or, by its BOM, of UTF-16
-        if ending.startswith(".csv"):
+        if ending.startswith(TABLES):
             return csv_rows(text)
         rows, end = DECODER.raw_decode(text := text.strip())
         if end == len(text):

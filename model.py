@@ -60,8 +60,7 @@ def load_model(model_cfg, device: torch.device, meta: bool = False, rows: int = 
         GenerationConfig.from_pretrained(name)  # from_pretrained of a model ignores one that is no JSON
     kernel = attention.choose(model_cfg.attention, model_cfg.dtype, model_class(name, hf_config), device)
     # Trained parameters are float32. Those below an adapter are frozen, in the dtype of the run or model.lora.base.
-    base = model_cfg.lora.base or model_cfg.dtype
-    base = "bfloat16" if base == "nf4" else base  # `parallelize` quantizes it.
+    base = {None: model_cfg.dtype, "nf4": "bfloat16"}.get(model_cfg.lora.base, model_cfg.lora.base)  # nf4: later.
     dtype = getattr(torch, base) if model_cfg.lora.rank else torch.float32
     options = {"dtype": dtype, "attn_implementation": kernel}
     if model_cfg.from_scratch or meta:
@@ -225,6 +224,8 @@ def notes_of(model, cfg, tokenizer, examples) -> list[str]:
         frozen = {name.split(".")[-2] for name, p in model.named_parameters() if p.ndim > 1 and not p.requires_grad}
         rest = ", ".join(sorted(frozen - {*adapter["target_modules"]})) or "norms"
         found.append(f"LoRA from {cfg.model.name}: {settings}; frozen, without an adapter: {rest}")
+    if model.config._attn_implementation == "per_document_varlen" and not is_compiled(model, cfg.model.compile):
+        found.append("blocks are not compiled, which is slower: there is no C compiler, or model.compile is false")
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         found.append("output_router_logits: the router's auxiliary loss (router_aux_loss_coef) is left out")
     special = sorted(special_ids(tokenizer))

@@ -1,7 +1,4 @@
-"""Where the turns of the assistant begin and end in a rendered chat (a `templates.Chat`).
-
-The rules, with an example: docs/masks.md.
-"""
+"""Where the turns of the assistant begin and end in a rendered chat. The rules, with an example: docs/masks.md."""
 
 import itertools
 import re

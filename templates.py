@@ -1,7 +1,4 @@
-"""One conversation to text with trained spans, and to token ids with labels: exact, or refused with a ValueError.
-
-How it works, with an example: docs/masks.md.
-"""
+"""One conversation to text with trained spans, and to token ids with labels: exact, or a ValueError (docs/masks.md)."""
 
 import contextlib
 import copy

@@ -162,10 +162,11 @@ def test_json_lines_in_a_json_file_are_rows_and_a_bad_one_is_named(tmp_path):
         data.read_conversation(rows, 1, "rows")
 
 
-@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv"])
+@pytest.mark.parametrize("kind", [".jsonl", ".ndjson", ".json", ".csv", ".tsv"])
 @pytest.mark.parametrize("packing", [".gz", ".zst"])
 def test_packed_files_are_read_as_what_they_hold(tmp_path, kind, packing):
-    text = "prompt,completion\nOne?,First.\n" if kind == ".csv" else json.dumps({"prompt": "One?", "completion": "F"})
+    tables = {".csv": "prompt,completion\nOne?,First.\n", ".tsv": "prompt\tcompletion\nOne?\tFirst.\n"}
+    text = tables.get(kind) or json.dumps({"prompt": "One?", "completion": "F"})
     codec = {".gz": "gzip", ".zst": "zstd"}[packing]
     for content in (pyarrow.compress(text.encode(), codec, asbytes=True), b"neither"):
         (tmp_path / f"rows{kind}{packing}").write_bytes(content)
@@ -340,6 +341,16 @@ def test_turns_may_be_json_text_in_a_column(tmp_path, column):
     assert [row["messages"] for row in conversations(read(tmp_path))] == [[ASK, ANSWER]] * 3
 
 
+def test_a_prompt_and_a_completion_may_be_messages_as_json_text_and_other_json_stays_text(tmp_path):
+    for indent in (None, 1):
+        prompt, completion = (json.dumps([message], indent=indent) for message in (ASK, ANSWER))
+        rows = read(write(tmp_path / "rows.jsonl", {"prompt": prompt, "completion": completion}))
+        assert conversations(rows)[0]["messages"] == [ASK, ANSWER]
+    for text in ('[{"name": "Ann"}]', "[1, 2]", '{"role": "user"}', '[role, "content"]'):
+        rows = read(write(tmp_path / "rows.jsonl", {"prompt": "Which?", "completion": text}))
+        assert conversations(rows)[0]["messages"][1]["content"] == text
+
+
 def test_columns_of_other_names_are_read_under_their_own(tmp_path):
     columns = {"messages": "dialogue", "tools": "functions", "system": "persona"}
     row = {"dialogue": [ASK, ANSWER], "functions": [{"name": "f"}], "persona": None, "messages": "left out", "n": 3}
@@ -426,7 +437,7 @@ def test_columns_that_nothing_reads_are_known_by_name(tmp_path, row, names):
 )
 def test_a_wrong_row_is_refused_with_its_place_and_the_reason(tmp_path, row, reason):
     columns = row if isinstance(row, dict) else SAME["messages"][0]
-    good = next(good for good, _ in SAME.values() if any(f <= {*columns} & {*good} for f in data.FORMATS.values()))
+    good = next(good for good, _ in SAME.values() if any({*f} <= {*columns} & {*good} for f in data.FORMATS.values()))
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(good) + "\n" + (row if isinstance(row, str) else json.dumps(row)) + "\n")
     with pytest.raises(ValueError, match=rf"{path}:2: .*{reason}"):

@@ -39,6 +39,14 @@ def test_the_report_shows_what_is_trained_and_starts_nothing(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_note_says_that_blocks_are_not_compiled_where_there_is_no_compiler(tmp_path, monkeypatch):
+    monkeypatch.setenv("CC", "gcc")
+    assert "not compiled" not in run(tmp_path, "configs/chats.yaml", "model.dtype=bfloat16")
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert "no C compiler" in run(tmp_path, "configs/chats.yaml", "model.dtype=bfloat16")
+
+
 def test_a_page_that_cannot_be_written_is_a_problem(tmp_path):
     text = run(tmp_path, "configs/chats.yaml", "--html", tmp_path / "nowhere/page.html", expect=1)
     assert "page.html" in text and "no problems" not in text
