@@ -44,8 +44,7 @@ def attention(
     kernel, module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
     s_aux=None, documents=None, cp_group=None, **kwargs,
 ):  # fmt: skip
-    """Causal attention of each document of a packed row to itself, in a layer of a transformers model, by one of the
-    kernels below.
+    """Causal attention of each document of a packed row to itself, in a layer of a transformers model.
 
     query (1, heads, tokens, head_dim); key and value with as many heads or fewer. `softcap`, `s_aux` (heads,): see
     `eager_attention`. `documents`: None, the row is one document. `cp_group`: the ranks that share the row, each with

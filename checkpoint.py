@@ -129,9 +129,8 @@ def differing_keys(old: dict, new: dict) -> list[str]:
 
 
 def open_run_folder(cfg: dict, launched: float):
-    """Make the run folder, lock it (waiting while another process has it), and remove what a killed run left and a STOP
-    file older than `launched` (seconds since the epoch). Returns (the lock, a file that holds it while open; the token
-    for `wait_for_run_folder`; the newest checkpoint or None)."""
+    """Make the run folder, lock it (or wait for that), and remove what a killed run left and a STOP file older than
+    `launched` (epoch seconds). Returns (the open lock; the token for `wait_for_run_folder`; the newest checkpoint)."""
     output_dir = Path(cfg["output_dir"])
     output_dir.mkdir(parents=True, exist_ok=True)
     lock = open(output_dir / ".lock", "a", encoding="utf-8")

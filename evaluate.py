@@ -140,9 +140,8 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, stop_ids: lis
 
 
 def answer_all(model, tokenizer, examples, stop_ids, max_tokens: int, max_prompt: int = 2**31) -> list[str]:
-    """The model's answers as texts, the same on every rank. All ranks run as many batches, as a sharded model needs. A
-    batch has at most `max_tokens` tokens with its answers, or a single prompt. A prompt without tokens, with
-    `max_prompt` or more, or that leaves the model no position for an answer, gets an empty answer."""
+    """The answers as texts, the same on every rank; all run as many batches. A batch has at most `max_tokens` tokens
+    with its answers, or a single prompt. A prompt of no tokens, of `max_prompt` or of too many is answered by ""."""
     rank, world_size = distributed.rank_and_world_size()
     right = {text for example in examples for text in (example.reference, *(example.answers or []))}
     # An answer is cut after 256 tokens, so that a longer reference counts as missed.

@@ -103,8 +103,7 @@ def tokenize_splits(cfg, tokenizer, entries: list[data.MixtureEntry]) -> dict:
 
 
 def open_split(prepared: dict, split: str, data_cfg) -> "TokenizedDataset | None":
-    """A split of what `tokenize_splits` returned; None where it is not read. `data_cfg`: a `config.Data`. ValueError
-    where nothing of a dataset is left to train."""
+    """A split of what `tokenize_splits` returned; None: it is not read. ValueError: nothing of it can be trained."""
     parts = [part for part in zip(prepared[split], prepared["names"], prepared["weights"], strict=True) if part[0]]
     if not parts:
         return None

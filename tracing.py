@@ -272,13 +272,16 @@ class OutputTagger(NodeTransformer):
         # In the body `loop` is this loop, so that expressions with the `loop` around it have another meaning.
         outer = [c for c in candidates if not any(name.name == "loop" for name in c.find_all(nodes.Name))]
         names = [name.name for name in nodes.Template([node.target]).find_all(nodes.Name)]
-        inner = [*indexed_messages(node.body, names), *(nodes.Name(name, "load") for name in names), *outer]
+        by_name, by_loop = indexed_messages(node.body, names)
+        inner = [*by_name, *(nodes.Name(name, "load") for name in names), *by_loop, *outer]
         node.body = [self.visit(child, inner) for child in node.body]
         return node
 
     def visit_Macro(self, node, candidates):
-        indexed = indexed_messages(node.body, [argument.name for argument in node.args])
-        return self.generic_visit(node, [*indexed, *candidates])
+        names = [argument.name for argument in node.args]
+        # A macro gets parts of one message, mostly, such as its role and its content.
+        together = nodes.Tuple([nodes.Name(name, "load") for name in names], "load")
+        return self.generic_visit(node, [*indexed_messages(node.body, names)[0], together, *candidates])
 
     def visit_Output(self, node, candidates):
         for k, child in enumerate(node.nodes):
@@ -301,18 +304,18 @@ def filtered(node, name: str, arguments) -> nodes.Filter:
     return nodes.Filter(node, name, list(arguments), [], None, None, lineno=node.lineno)
 
 
-def indexed_messages(body: list[nodes.Node], names: list[str]) -> list[nodes.Getitem]:
-    """The expressions `messages[i]` in a body, for each `i` of `names`."""
-    body = nodes.Template(body)
+def indexed_messages(body: list[nodes.Node], names: list[str]) -> tuple[list, list]:
+    """The expressions `messages[i]` in a body, for each `i` of `names`, and those like `messages[loop.index0]`."""
+    body, by_name, by_loop = nodes.Template(body), {}, {}
     # A variable that the body assigns may have no value yet where its name stands.
     assigned = {name.name for name in body.find_all(nodes.Name) if name.ctx == "store"}
-    found = {}
     for item in body.find_all(nodes.Getitem):
-        if not isinstance(item.node, nodes.Name) or item.node.name in assigned:
-            continue
-        if isinstance(item.arg, nodes.Name) and item.arg.name in names:
-            found[item.node.name, item.arg.name] = item
-    return [*found.values()]
+        index, is_known = item.arg, isinstance(item.node, nodes.Name) and item.node.name not in assigned
+        if is_known and isinstance(index, nodes.Name) and index.name in names:
+            by_name[item.node.name, index.name] = item
+        elif is_known and isinstance(index, nodes.Getattr) and index.attr == "index0":
+            by_loop[item.node.name] = item
+    return [*by_name.values()], [*by_loop.values()]
 
 
 # ---- the environment -------------------------------------------------------------------------------------------------

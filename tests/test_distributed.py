@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from running import HOME, ROOT, assert_same_run, metrics, run, run_as_user, state
+from running import HOME, ROOT, assert_same_run, metrics, run, run_as_user, start_in_fork, state, wait_for
 
 import checkpoint
 
@@ -51,14 +51,12 @@ def test_a_hang_ends_the_run_and_shows_where_each_rank_stands(tmp_path, two_epoc
 def test_a_run_that_was_suspended_and_continued_finishes(tmp_path, two_epochs):
     arguments, undisturbed = two_epochs
     out = tmp_path / "out"
-    command = [sys.executable, "tests/train_with_fault.py", *arguments, f"output_dir={out}", "cluster.hang_timeout=2"]
-    environment = {**os.environ, "HF_HOME": str(HOME), "FAULT": "0:3:SIGSTOP", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
+    arguments = [*arguments, f"output_dir={out}", "cluster.hang_timeout=2"]
+    pid = start_in_fork(arguments, HOME, tmp_path / "log", "0:3:SIGSTOP")
+    assert os.WIFSTOPPED(os.waitpid(pid, os.WUNTRACED)[1])
     time.sleep(5)
-    os.kill(process.pid, signal.SIGCONT)
-    output, _ = process.communicate(timeout=120)
-    assert state(out)["state"] == "finished", output
+    os.kill(pid, signal.SIGCONT)
+    assert wait_for(pid) == 0 and state(out)["state"] == "finished", (tmp_path / "log").read_text()
     assert_same_run(out, undisturbed)
 
 

@@ -20,6 +20,7 @@ from templates import special_ids
 from tokens import load_tokenizer
 
 PROMPT = "What is the capital of France? The capital of France is Paris."
+BFLOAT16 = ["model.dtype=bfloat16", "train.global_batch_size=16"]  # Few CPUs compute fast in it.
 
 
 @pytest.fixture(scope="module")
@@ -176,8 +177,8 @@ def test_the_losses_do_not_depend_on_the_number_of_ranks(arguments, tmp_path, ov
 )
 def test_the_base_may_be_bfloat16_and_the_adapter_is_float32(arguments, tmp_path, overrides):
     out = tmp_path / "out"
-    said = run(*arguments, "model.dtype=bfloat16", *overrides, f"output_dir={out}",
-               processes=1 if "compile" in overrides[0] else 2)  # fmt: skip
+    processes = 1 if "compile" in overrides[0] else 2
+    said = run(*arguments, *BFLOAT16, *overrides, f"output_dir={out}", processes=processes)
     losses = metrics(out)
     assert losses[4] < losses[1], said
     weights = load_file(out / "model/adapter_model.safetensors")
@@ -214,7 +215,7 @@ EMBEDDINGS = ["model.lora.train_embeddings=true", "tokenizer.add_tokens=[<|im_en
 def with_embeddings(request, arguments, tmp_path_factory):
     """A run that trains the embeddings and two new tokens beside the adapter, on a bfloat16 base; what it said."""
     folder = tmp_path_factory.mktemp("embeddings")
-    arguments = [*arguments, *EMBEDDINGS, "model.dtype=bfloat16", f"output_dir={folder}/run"]
+    arguments = [*arguments, *EMBEDDINGS, *BFLOAT16, f"output_dir={folder}/run"]
     if request.param == "untied":
         untie(arguments, folder)
     return folder / "run", run(*arguments), arguments

@@ -7,7 +7,8 @@ import time
 
 import pytest
 import torch
-from running import HOME, call, script
+from running import HOME, call
+from running import run as launch
 from transformers import AutoTokenizer
 
 import config
@@ -27,7 +28,7 @@ def run(tmp_path, *arguments, expect=0):
 def test_the_report_shows_what_is_trained_and_starts_nothing(tmp_path):
     page = tmp_path / "page.html"
     arguments = [*QUICKSTART, f"output_dir={tmp_path / 'out'}", "--samples", "2", "--ids", "--html", str(page)]
-    text, _ = script("preview.py", *arguments, HF_HOME=str(HOME))
+    text = launch(*arguments, name="preview.py")
     trained = re.findall(r"⟦(.*?)⟧", text, re.S)
     assert trained[1:] and all(part.endswith("<|im_end|>") for part in trained if part != " ")
     assert not any("user" in part or "<|im_start|>" in part for part in trained)

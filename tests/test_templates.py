@@ -101,6 +101,32 @@ def test_a_turn_is_trained_from_the_generation_prompt_to_its_end():
     assert trained_texts(OpenAssistant.custom_template, CHAT, eos_token="</s>") == ["First.</s>", "Second.</s>"]
 
 
+MACROS = (
+    "{% macro turn(m) %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endmacro %}"
+    "{% macro parts(role, text) %}<|{{ role }}|>{{ text }}<|end|>{% endmacro %}"
+    "{% set ns = namespace(all='', list=[]) %}"
+)
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        "{% for i in range(messages|length) %}<|{{ messages[i].role }}|>{{ messages[i].content }}<|end|>{% endfor %}",
+        "{% for i in range(messages|length) %}{% set m = messages[loop.index0] %}{{ turn(m) }}{% endfor %}",
+        "{% for i in range(messages|length) %}<|{{ messages[loop.index0].role }}|>"
+        "{{ messages[loop.index0].content }}<|end|>{% endfor %}",
+        "{% for m in messages %}{% set text %}{{ turn(m) }}{% endset %}{{ text }}{% endfor %}",
+        "{% for m in messages %}{% set ns.all = ns.all ~ turn(m) %}{% endfor %}{{ ns.all }}",
+        "{% for m in messages %}{% set ns.all = ns.all + '<|' + m.role + '|>' + m.content + '<|end|>' %}{% endfor %}"
+        "{{ ns.all }}",
+        "{% for m in messages %}{% set ns.list = ns.list + [parts(m.role, m.content)] %}{% endfor %}{{ ns.list|join }}",
+    ],
+)
+def test_a_turn_is_found_however_the_template_goes_through_the_messages(loop):
+    template = MACROS + loop + "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    assert trained_texts(template, CHAT) == ["First.<|end|>", " Second. <|end|>"]
+
+
 def test_generation_tags_are_obeyed():
     tagged = CHATML.replace(
         "{{ '<|im_start|>'",

@@ -47,8 +47,8 @@ def single(tmp_path_factory):
     ],
 )
 def test_losses_and_parameters_do_not_depend_on_the_machine(tmp_path, single, processes, overrides):
-    out, start = tmp_path / "out", run_as_user if overrides == ["parallel.strategy=fsdp"] else run
-    start("configs/quickstart.yaml", f"output_dir={out}", *FEW, *overrides, processes=processes)
+    out = tmp_path / "out"
+    run("configs/quickstart.yaml", f"output_dir={out}", *FEW, *overrides, processes=processes)
     for name in ("train/loss", "train/grad_norm", "val/loss"):
         assert metrics(out, name) == pytest.approx(metrics(single, name), rel=1e-5)
     torch.manual_seed(42)
@@ -158,7 +158,7 @@ def test_stopped_at_every_step_a_run_ends_with_the_same_parameters(tmp_path, two
 def test_killed_at_any_moment_a_run_ends_with_the_same_parameters(tmp_path, two_epochs):
     arguments, undisturbed = two_epochs
     random, kills, out = Random(0), 0, tmp_path / "out0"
-    while kills < 20 or (out / "status.json").exists():
+    while kills < 15 or (out / "status.json").exists():
         by_time = random.random() < 0.5
         at = None if by_time else (out, random.randrange(1, 150))
         log = out.with_suffix(".log")
@@ -305,7 +305,7 @@ def test_a_finished_run_whose_model_is_gone_writes_it_again(tmp_path, single):
 
 
 @pytest.mark.slow
-def test_a_date_that_the_template_prints_is_the_first_launchs(tmp_path, two_epochs):
+def test_a_date_that_the_template_prints_is_the_first_launchs(tmp_path, two_epochs, monkeypatch):
     arguments, out = [*two_epochs[0], f"output_dir={tmp_path}/out"], tmp_path / "out"
     (tmp_path / "dated.jinja").write_text(
         "<|im_start|>system\n{{ strftime_now('%d %b %Y') }}<|im_end|>\n{% for m in messages %}"
@@ -313,7 +313,9 @@ def test_a_date_that_the_template_prints_is_the_first_launchs(tmp_path, two_epoc
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     arguments.append(f"tokenizer.chat_template={tmp_path}/dated.jinja")
-    run_as_user(*arguments, "checkpoint.must_save_by=00:00:00:00", SFT_STARTED="1577880000")
+    with monkeypatch.context() as environment:
+        environment.setenv("SFT_STARTED", "1577880000")
+        run(*arguments, "checkpoint.must_save_by=00:00:00:00")
     run(*arguments)
     assert state(out)["state"] == "finished"
     assert config.load(str(out / "config.yaml"), []).tokenizer.date == "2020-01-01"
