@@ -69,7 +69,7 @@ def attention(
 
 
 def per_document_varlen(module, query, key, value, attention_mask, **kwargs):
-    """By one call of torch's variable-length flash attention, as part of a graph. CUDA and bfloat16."""
+    """`attention` by one call of torch's variable-length kernel, in the graph of a compiled block. CUDA, bfloat16."""
     # A call of the kernel and of nothing else is the same code whatever the documents are.
     one_kernel = kwargs.get("s_aux") is None and not any(map(kwargs.get, ("dropout", "softcap", "cp_group")))
     call = attention if one_kernel and fits_varlen(query, value) else uncompiled_attention
@@ -133,7 +133,7 @@ def eager_attention(
 ) -> torch.Tensor:
     """What the other kernels do not compute. `softcap`: scores are softcap tanh(score / softcap) (Gemma 2,
     arXiv:2408.00118). `sinks` (heads,): the score of an additional key without a value, which takes its share of each
-    query's attention (gpt-oss, arXiv:2508.10925). The backward pass computes each document's scores again."""
+    query's attention (gpt-oss, arXiv:2508.10925). The scores are computed again in the backward pass."""
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
 
     def attend(q, k, v):
@@ -168,7 +168,7 @@ def varlen(query, key, value, documents: Documents, scale: float, dropout: float
     return varlen_attn(q, k, v, starts, starts, longest, longest, **options)[None, ..., :width].contiguous()
 
 
-per_document = functools.partial(uncompiled_attention, sdpa)  # Any device and dtype.
+per_document = functools.partial(uncompiled_attention, sdpa)  # One call for each document: any device and dtype.
 # transformers refuses a name with "sdpa" or "flash" in it to models that cap their scores or have sinks.
 AttentionInterface.register("per_document", per_document)
 AttentionInterface.register("per_document_varlen", per_document_varlen)

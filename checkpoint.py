@@ -1,6 +1,7 @@
 """Checkpoints: write, find, load, rotate, export; the run folder. What is called `step_*` is complete: it was renamed.
 
-python checkpoint.py FOLDER DIR  # makes a model folder of a step's state/; merges an adapter (of FOLDER/model, too)
+python checkpoint.py FOLDER/step_00000010 DIR  # makes a model folder of its state/ (a LoRA adapter is merged)
+python checkpoint.py FOLDER/model DIR          # merges a LoRA adapter into its base
 python checkpoint.py FOLDER --push OWNER/NAME [--private]  # uploads the model of a run, or a folder of one, to the Hub
 """
 
@@ -345,7 +346,7 @@ def read_state(folder: Path, state: dict[str, torch.Tensor], no_dist: bool):
 
 
 def make_model_folder(folder: Path, target: Path, merge: bool):
-    """Make a model folder of a checkpoint's state/ or of an adapter's folder (`merge`: merged), and verify it all."""
+    """Make a model folder of a checkpoint's state/ or of an adapter's folder, and verify it. `merge`: the adapter."""
     is_checkpoint = (folder / "state").is_dir()
     # Configuration and tokenizer: of the checkpoint's model/, or of another one's where its export has failed.
     models = [folder / "model", *folder.parent.glob("step_*/model")] if is_checkpoint else []
@@ -390,7 +391,7 @@ def write_card(folder: Path, run: Path, info: dict):
     known["datasets"] = [name for name in data if name in on_hub] or None
     metadata = ModelCardData(library_name="transformers", pipeline_tag="text-generation", **known)
     rows = {"base model": f"{base}{' (random parameters)' * cfg.model.from_scratch}", "data": ", ".join(data)}
-    rows["chat template"] = "chat_template.jinja"
+    rows["chat template"] = "chat_template.jinja" if (folder / "chat_template.jinja").is_file() else "none"
     rows |= {name: value for name, value in info.items() if name not in ("data", "base")} | vars(cfg.train)
     rows |= {"seed": cfg.seed, "max_seq_length": cfg.data.max_seq_length, "LoRA rank": cfg.model.lora.rank}
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())

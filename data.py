@@ -7,7 +7,6 @@ import gzip
 import importlib.util
 import json
 import os
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -289,8 +288,9 @@ def from_prompt_completion(row: dict) -> list[dict]:
     sides = []
     for name, role in (("prompt", "user"), ("completion", "assistant")):
         side = row[name]
-        if isinstance(side, str) and re.match(r'\s*\[\s*\{\s*"(role|content)"\s*:', side):
-            side = from_json(side, name)  # messages in a spreadsheet
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # It may be messages as JSON text.
+            messages = from_json(side, name)
+            side = messages if messages and all(message["role"] in ROLES for message in messages) else side
         sides.append(side if isinstance(side, list) else [{"role": role, "content": side}])
     prompt, completion = sides
     # An answer in the prompt is part of the question.

@@ -162,7 +162,7 @@ def fail(error: Exception, record_reason):
     if not isinstance(error, (ValueError, OSError, FloatingPointError, MemoryError)) or os.environ.get("SFT_TRACEBACK"):
         reason, details = f"rank {rank}: {type(error).__name__}: {reason}", "".join(traceback.format_exception(error))
     if dist.is_torchelastic_launched():
-        if isinstance(error, RuntimeError) and dist.is_initialized():
+        if isinstance(error, RuntimeError) and dist.is_initialized() and os.path.exists("/proc/self"):
             time.sleep(1)  # If this rank has lost another one, torchrun notices by now that it is gone.
             places = [store().get(f"process/{other}").decode().split() for other in range(dist.get_world_size())]
             here = {str(other): pid for other, (node, pid) in enumerate(places) if node == os.environ["GROUP_RANK"]}

@@ -77,7 +77,7 @@ def score(examples: list[EvalExample], answers: list[str], names: list[str]) -> 
 
 def eval_examples(entries, tokenizer, chat_template: str, stop_ids, max_examples: int | None, date=None):
     """The last assistant turn in the first `max_examples` validation conversations of each dataset (None: all of them),
-    whether trained or not, and the (dataset, row, id) of each. `date`, ValueError: as of `templates.encode`."""
+    whether trained or not, and the (dataset, row, id) of each. `date`: see `templates.encode`."""
     examples, places = [], []
     splits = [(rows, name) for _, split, rows, name in splits_of(entries) if split == "validation"]
     for dataset, (rows, name) in enumerate(splits):
@@ -104,8 +104,7 @@ def eval_example(tokenizer, ids, labels, stop_ids, answers: list[str] | None, da
 
 
 def open_model(name: str, device: torch.device, dtype: str):
-    """The tokenizer, the model (on the CPU; in `dtype` for a GPU) and the stop ids of an output_dir, a checkpoint, a
-    model's folder or a name on the Hub. Raises ValueError or OSError where there is none."""
+    """The tokenizer, the model (on the CPU; in `dtype` for a GPU) and the stop ids: see `checkpoint.find_model`."""
     name = checkpoint.find_model(name)
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = open_saved(name, dtype if device.type == "cuda" else "float32")

@@ -93,7 +93,7 @@ def numbered_rows(file: str):
         text = lines.read()
         text = text.decode(json.detect_encoding(text))  # of UTF-8 or, by its BOM, of UTF-16
         if ending.startswith(TABLES):
-            return csv_rows(text)
+            return csv_rows(text, "\t" if ending.startswith(".tsv") else ",;\t")
         rows, end = DECODER.raw_decode(text := text.strip())
         if end == len(text):
             return enumerate(rows if isinstance(rows, list) else [rows])
@@ -101,10 +101,10 @@ def numbered_rows(file: str):
     return ((n, line.rstrip(b"\n")) for n, line in enumerate(lines, 1) if line.strip())
 
 
-def csv_rows(text: str):
+def csv_rows(text: str, separators: str):
     """Yields (number, row) as a spreadsheet counts them. The first names the columns; an empty cell is null."""
     csv.field_size_limit(2**31 - 1)
-    separator = max(",;\t", key=text.partition("\n")[0].count)
+    separator = max(separators, key=text.partition("\n")[0].count)
     header, *table = [*csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)] or [[]]
     for number, cells in enumerate(table, 2):
         if len(cells) not in (0, len(header)):

@@ -60,7 +60,7 @@ def load_model(model_cfg, device: torch.device, meta: bool = False, rows: int = 
         GenerationConfig.from_pretrained(name)  # from_pretrained of a model ignores one that is no JSON
     kernel = attention.choose(model_cfg.attention, model_cfg.dtype, model_class(name, hf_config), device)
     # Trained parameters are float32. Those below an adapter are frozen, in the dtype of the run or model.lora.base.
-    base = {None: model_cfg.dtype, "nf4": "bfloat16"}.get(model_cfg.lora.base, model_cfg.lora.base)  # nf4: later.
+    base = (model_cfg.lora.base or model_cfg.dtype).replace("nf4", "bfloat16")  # `parallelize` quantizes it.
     dtype = getattr(torch, base) if model_cfg.lora.rank else torch.float32
     options = {"dtype": dtype, "attn_implementation": kernel}
     if model_cfg.from_scratch or meta:

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import checkpoint
 import config
+import lora
 import model as models
 import packing
 from data import load_mixture, splits_of
@@ -32,7 +33,8 @@ GIB = 2**30
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    usage, raw = "preview.py [CONFIG.yaml] [KEY=VALUE ...] [options]", argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=raw)
     parser.add_argument("--world-size", type=int, help="ranks of the run; default: those of `cluster`, else 1")
     parser.add_argument("--gpu-memory", type=float, help="GiB of each GPU; default: of the GPU here, else 80")
     parser.add_argument("--samples", type=int, default=3, help="conversations of the first step to show (default 3)")
@@ -105,11 +107,12 @@ def preview(cfg, options, report: dict, samples: list[tuple[str, str]]):
                 fix = "model.activation_checkpointing=true, a lower max_tokens_per_micro_batch, or fsdp on more GPUs"
                 report["problems"].append("a GPU needs {total_gib:,} of {gpu_gib:,} GiB: try ".format(**needed) + fix)
         except (RuntimeError, AttributeError, TypeError) as error:  # Some models need tensors with numbers in them.
-            report["notes"].append(f"the memory that {cfg.model.name} needs cannot be predicted: {str(error)[:200]!r}")
+            reason = " ".join(str(error).split())[:200]
+            report["notes"].append(f"the memory that {cfg.model.name} needs cannot be predicted: {reason}")
 
 
 def bad_rows(cfg, tokenizer, entries) -> list[str]:
-    """The first 20 reasons why rows cannot be trained on, each with its first row and the number of others."""
+    """The first 20 reasons why rows cannot be trained on, each with its first row; none if the data cannot be read."""
     places = collections.defaultdict(list)  # By reason.
     with contextlib.suppress(ValueError, OSError):
         chat_template = choose_template(cfg, tokenizer, entries) if entries else None
@@ -214,7 +217,8 @@ def memory(cfg, tokenizer, gpu_gib: float | None, longest: int, report: dict) ->
         parts = {"weights": weights, "gradients": gradients, "optimizer": optimizer, "copies": copies}
         parts |= {"activations": activations, "loss_gradient": loss_gradient}
     if cfg.model.lora.base == "nf4":  # A byte holds two weights, and another byte is the scale of 64.
-        linear = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight is not head]
+        linear = [m.weight for m in model.modules() if isinstance(m, lora.LoraLinear)]
+        linear += [layer.weight for layer in lora.linear_layers(model).values()]
         parts["weights"] -= sum(weight.nbytes - weight.numel() * (1 / 2 + 1 / 64) for weight in linear)
         parts["copies"] += max(weight.nbytes for weight in linear)  # One at a time, for its products.
     strategy = models.choose_strategy(cfg.parallel.strategy, model, world_size, gpu_gib * GIB)
@@ -227,13 +231,10 @@ def memory(cfg, tokenizer, gpu_gib: float | None, longest: int, report: dict) ->
         parts["copies"] = dtype.itemsize * gathered + 4 * max(in_block, in_root)
         for name in ("weights", "gradients", "optimizer"):
             parts[name] *= 0 if cfg.parallel.cpu_offload else cfg.parallel.replicas / world_size
-    return {
-        **{"model_weights": sum(p.numel() for p in params), "trained_weights": sum(sizes)},
-        **{"strategy": strategy, "row_tokens": tokens},
-        **{f"{name}_gib": round(count / GIB, 2) for name, count in parts.items()},
-        "total_gib": round(sum(parts.values()) / GIB, 2),
-        "gpu_gib": round(0.9 * gpu_gib, 1),
-    }
+    counts = {"model_weights": sum(p.numel() for p in params), "trained_weights": sum(sizes)}
+    gib = {f"{name}_gib": round(count / GIB, 2) for name, count in parts.items()}
+    gib |= {"total_gib": round(sum(parts.values()) / GIB, 2), "gpu_gib": round(0.9 * gpu_gib, 1)}
+    return counts | {"strategy": strategy, "row_tokens": tokens} | gib
 
 
 def saved_bytes(model, tokens: int, trained_tokens: int, longest: int) -> int:

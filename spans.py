@@ -101,7 +101,7 @@ def turn_end(chat, i: int, own: list[int], start: int) -> int:
         answer = tracing.traced({"role": "assistant", "content": "x.x"}, tracing.Tag(i))
         text = tracing.joined(chat.try_chunks([*chat.traced[:i], answer]) or [])
         if not text[: len(text) - len(tracing.untagged_suffix(text))].rstrip().endswith("x.x"):
-            return end  # A plain answer in its place would print a text behind its content, too.
+            return end  # A plain answer in its place prints a text behind its content, too, or is refused.
     stop = next((segment.start for segment in segments[last + 1 :] if segment.source != tracing.LITERAL), None)
     after = chat.text[behind:stop]
     # 2. The text behind the turn is EOS, printed together with the next message: "Hi", then "</s>USER: ...".

@@ -93,8 +93,7 @@ def tokenize_splits(cfg, tokenizer, entries: list[data.MixtureEntry]) -> dict:
     chat_template = choose_template(cfg, tokenizer, entries)
     prepared = {"chat_template": chat_template, "train": [None] * len(entries), "validation": [None] * len(entries)}
     cache = Path(cfg.data.cache or f"{huggingface_hub.constants.HF_HOME}/sft-tokens")
-    prepared |= {"names": [entry.name for entry in entries], "weights": [entry.weight for entry in entries]}
-    prepared["cache"] = str(cache)
+    prepared |= {"names": [e.name for e in entries], "weights": [e.weight for e in entries], "cache": str(cache)}
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     options = chat_template, cfg.data.train_on, cache, workers, cfg.tokenizer.date
     for k, split, rows, name in data.splits_of(entries):
@@ -125,8 +124,8 @@ def tokenize(rows, name: str, tokenizer, chat_template: str, train_on: str, cach
     code = [Path(module.__file__).read_text("utf-8") for module in modules]
     today = date or str(datetime.date.today()) if "strftime_now" in (chat_template or "") else ""
     made_by = [tokenizer.backend_tokenizer.to_str(), str(tokenizer.special_tokens_map), *code]
-    is_table = isinstance(rows, datasets.Dataset)
-    content = rows._fingerprint if is_table else json.dumps([rows[i] for i in range(len(rows))], default=repr)
+    each = (json.dumps(rows[i], default=repr).encode() for i in range(len(rows)))
+    content = getattr(rows, "_fingerprint", None) or "".join(hashlib.sha256(row).hexdigest() for row in each)
     parts = [content, chat_template or "", train_on, today, *made_by]
     key = hashlib.sha256(b"".join(hashlib.sha256(part.encode()).digest() for part in parts)).hexdigest()[:32]
     cache.mkdir(parents=True, exist_ok=True)

@@ -163,7 +163,7 @@ def train(cfg, device, dataset: "Data", start: int, steps: int, resume_from, sta
             parameters["lr"] = rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        # The only place where the loop waits for the GPU, while the optimizer's kernels run there.
+        # Here, once per step, the loop waits for the GPU, while the optimizer's kernels run. On errors nothing is saved.
         loss, ranks_stopping, grad_norm = values()
         loss /= world_size
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -261,8 +261,7 @@ class Data(NamedTuple):
     stop_ids: list[int]
     to_score: list[evaluate.EvalExample] | None
 
-    def longest(self) -> int:
-        """Tokens of the longest conversation."""
+    def longest(self) -> int:  # in tokens
         return max(int(split.lengths.max()) for split in (self.train_set, self.val_set) if split is not None)
 
 
@@ -313,7 +312,7 @@ def check_same_data(cfg, chat_template: str, train_set, val_set):
 
 
 def build_model(cfg, device, dataset: Data):
-    """(the model with the parameters; what to call; the optimizer; ddp or fsdp; whether rows can hold documents)."""
+    """(the model; the `PackedLoss`, or DDP around it; the optimizer; ddp or fsdp; whether documents may share a row)"""
     rank, world_size = distributed.rank_and_world_size()
     dtype, strategy, meta = getattr(torch, cfg.model.dtype), "ddp", None  # One rank has nothing to shard.
     rows = len(dataset.tokenizer) if cfg.tokenizer.add_tokens else 0
@@ -375,7 +374,7 @@ def make_optimizer(model, train_cfg) -> torch.optim.Optimizer:
 
 # ---- parts of a step -------------------------------------------------------------------------------------------------
 def forward_backward(parallel_model, batches: list[dict], scale: float) -> torch.Tensor:
-    """Add the gradients of `scale` times the token losses of these packed rows. Returns their sums, float64 (rows,)."""
+    """Add the gradients of `scale` times the losses of these packed rows. Returns that of each row, float64 (rows,)."""
     losses = []
     for i, batch in enumerate(batches):
         distributed.progress()
@@ -436,8 +435,8 @@ def validate(cfg, model, parallel_model, dataset, my_rows, collate, tracker, val
     # The same examples each time. Each dataset is in rows of its own, so that it has a loss of its own.
     ranges = [examples_of[: cfg.validation.max_examples] for examples_of in examples.ranges()]
     sums = torch.zeros(len(ranges), dtype=torch.float64, device=model.device)
-    limits = stop_ids, cfg.train.max_tokens_per_micro_batch, cfg.data.max_seq_length
-    answer = functools.partial(evaluate.answer_all, model, tokenizer)
+    limits = {"max_tokens": cfg.train.max_tokens_per_micro_batch, "max_prompt": cfg.data.max_seq_length}
+    answer = functools.partial(evaluate.answer_all, model, tokenizer, stop_ids=stop_ids, **limits)
     first = ((*examples[i], stop_ids, None, examples.dataset_index(i)) for i in examples.first(cfg.validation.samples))
     samples = [evaluate.eval_example(tokenizer, *example) for example in first]
     samples = [sample for sample in samples if sample.prompt]  # A document has none.
@@ -457,8 +456,8 @@ def validate(cfg, model, parallel_model, dataset, my_rows, collate, tracker, val
     val_losses.append(loss)
     score |= out_of_patience(val_losses, cfg.validation.patience)
     with cast():
-        scores = evaluate.score(to_score, answer(to_score, *limits), examples.names) if score and to_score else {}
-        answers = answer(samples, *limits) if samples else []
+        scores = evaluate.score(to_score, answer(to_score), examples.names) if score and to_score else {}
+        answers = answer(samples) if samples else []
     model.train()
     perplexity, trained = math.exp(min(loss, 700)), sum(trained_tokens)
     metrics = {"val/loss": loss, "val/perplexity": perplexity, "val/supervised_tokens": trained}

@@ -165,7 +165,7 @@ def test_json_lines_in_a_json_file_are_rows_and_a_bad_one_is_named(tmp_path):
 @pytest.mark.parametrize("kind", [".jsonl", ".ndjson", ".json", ".csv", ".tsv"])
 @pytest.mark.parametrize("packing", [".gz", ".zst"])
 def test_packed_files_are_read_as_what_they_hold(tmp_path, kind, packing):
-    tables = {".csv": "prompt,completion\nOne?,First.\n", ".tsv": "prompt\tcompletion\nOne?\tFirst.\n"}
+    tables = {".csv": "prompt,completion\nOne?,First.\n", ".tsv": "prompt\tcompletion\ta,b,c\nOne?\tFirst.\t\n"}
     text = tables.get(kind) or json.dumps({"prompt": "One?", "completion": "F"})
     codec = {".gz": "gzip", ".zst": "zstd"}[packing]
     for content in (pyarrow.compress(text.encode(), codec, asbytes=True), b"neither"):
@@ -342,11 +342,12 @@ def test_turns_may_be_json_text_in_a_column(tmp_path, column):
 
 
 def test_a_prompt_and_a_completion_may_be_messages_as_json_text_and_other_json_stays_text(tmp_path):
-    for indent in (None, 1):
-        prompt, completion = (json.dumps([message], indent=indent) for message in (ASK, ANSWER))
+    for answer in (ANSWER, {"tool_calls": CALL["tool_calls"], **ANSWER}):
+        prompt, completion = (json.dumps([message], indent=1) for message in (ASK, answer))
         rows = read(write(tmp_path / "rows.jsonl", {"prompt": prompt, "completion": completion}))
-        assert conversations(rows)[0]["messages"] == [ASK, ANSWER]
-    for text in ('[{"name": "Ann"}]', "[1, 2]", '{"role": "user"}', '[role, "content"]'):
+        assert conversations(rows)[0]["messages"] == [ASK, answer]
+    texts = ['[{"name": "Ann"}]', "[1, 2]", '{"role": "user"}', '[role, "content"]', "[]", "7", "null", '["role"]']
+    for text in [*texts, '[{"role": "Engineer", "name": "Ann"}]', '[{"role": "user"}] as YAML, please']:
         rows = read(write(tmp_path / "rows.jsonl", {"prompt": "Which?", "completion": text}))
         assert conversations(rows)[0]["messages"][1]["content"] == text
 

@@ -104,6 +104,7 @@ def test_a_turn_is_trained_from_the_generation_prompt_to_its_end():
 MACROS = (
     "{% macro turn(m) %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endmacro %}"
     "{% macro parts(role, text) %}<|{{ role }}|>{{ text }}<|end|>{% endmacro %}"
+    "{% macro framed(role) %}<|{{ role }}|>{{ caller() }}<|end|>{% endmacro %}"
     "{% set ns = namespace(all='', list=[]) %}"
 )
 
@@ -119,6 +120,7 @@ MACROS = (
         "{% for m in messages %}{% set ns.all = ns.all ~ turn(m) %}{% endfor %}{{ ns.all }}",
         "{% for m in messages %}{% set ns.all = ns.all + '<|' + m.role + '|>' + m.content + '<|end|>' %}{% endfor %}"
         "{{ ns.all }}",
+        "{% for m in messages %}{% call framed(m.role) %}{{ m.content }}{% endcall %}{% endfor %}",
         "{% for m in messages %}{% set ns.list = ns.list + [parts(m.role, m.content)] %}{% endfor %}{{ ns.list|join }}",
     ],
 )
