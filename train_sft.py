@@ -163,7 +163,7 @@ def train(cfg, device, dataset: "Data", start: int, steps: int, resume_from, sta
             parameters["lr"] = rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        # Here, once per step, the loop waits for the GPU, while the optimizer's kernels run. On errors nothing is saved.
+        # Here, once a step, the loop waits for the GPU, while the optimizer's kernels run. On errors nothing is saved.
         loss, ranks_stopping, grad_norm = values()
         loss /= world_size
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
