@@ -7,6 +7,7 @@ import gzip
 import importlib.util
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ FORMATS = {  # and the columns that a row of each has
 NO_CHAT = ("text", "tokens")  # formats that are read only where `data.args.format` names them
 NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")
 OF_ALPACA = ("input", "history")
+JSON_MESSAGES = re.compile(r"""(?s)\s*\[?\s*\{.*["'](role|from)["']\s*:\s*["'](system|user|assistant|human|gpt)["']""")
 PASSED_ON = ("tools", "functions", "answers", "id", "weight", *NOT_TEXT)  # columns that a row of any format may have
 SPEAKERS = {  # of ShareGPT, and the roles they are; others are called as their roles
     **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"},
@@ -288,9 +290,8 @@ def from_prompt_completion(row: dict) -> list[dict]:
     sides = []
     for name, role in (("prompt", "user"), ("completion", "assistant")):
         side = row[name]
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # It may be messages as JSON text.
-            messages = from_json(side, name)
-            side = messages if messages and all(message["role"] in ROLES for message in messages) else side
+        if isinstance(side, str) and JSON_MESSAGES.match(side):
+            side = from_json(side, name)
         sides.append(side if isinstance(side, list) else [{"role": role, "content": side}])
     prompt, completion = sides
     # An answer in the prompt is part of the question.

@@ -145,7 +145,7 @@ class Chat:
     def default_prompts(self) -> list[str] | None:
         """What may be the prompt after a single question, which is found once for a template and its variables."""
         in_blocks = any(isinstance(message.get("content"), list) for message in self.messages)
-        key = (in_blocks, repr(self.tools), repr(self.variables))
+        key = (in_blocks, repr(self.tools), repr({**self.variables, "strftime_now": None}))
         if key not in self.prompts:
             question = {"role": "user", "content": [{"type": "text", "text": "x"}] if in_blocks else "x"}
             _, self.prompts[key] = self.generation_prompts([tracing.traced(question, tracing.Tag(0))])

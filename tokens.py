@@ -124,8 +124,8 @@ def tokenize(rows, name: str, tokenizer, chat_template: str, train_on: str, cach
     code = [Path(module.__file__).read_text("utf-8") for module in modules]
     today = date or str(datetime.date.today()) if "strftime_now" in (chat_template or "") else ""
     made_by = [tokenizer.backend_tokenizer.to_str(), str(tokenizer.special_tokens_map), *code]
-    each = (json.dumps(rows[i], default=repr).encode() for i in range(len(rows)))
-    content = getattr(rows, "_fingerprint", None) or "".join(hashlib.sha256(row).hexdigest() for row in each)
+    each = (hashlib.sha256(json.dumps(rows[i], default=repr).encode()).hexdigest() for i in range(len(rows)))
+    content = rows._fingerprint if type(rows) is datasets.Dataset else "".join(each)
     parts = [content, chat_template or "", train_on, today, *made_by]
     key = hashlib.sha256(b"".join(hashlib.sha256(part.encode()).digest() for part in parts)).hexdigest()[:32]
     cache.mkdir(parents=True, exist_ok=True)

@@ -224,7 +224,8 @@ def current_messages(candidates) -> list[int]:
     The values are those of the loop variables and of `messages[i]`."""
     found = []
     for value in candidates:  # What the template itself made belongs to the messages whose values it holds.
-        tags = [value.tag] if type(value) in (Dict, List) else tags_in(value)
+        parts = value if type(value) is tuple else (value,)  # a tuple: the arguments of a macro
+        tags = set().union(*({part.tag} if type(part) in (Dict, List) else tags_in(part) for part in parts))
         messages = {tag.source for tag in tags if tag.source >= 0}
         found += messages if len(messages) == 1 else []
     return found
@@ -313,7 +314,7 @@ def indexed_messages(body: list[nodes.Node], names: list[str]) -> tuple[list, li
         index, is_known = item.arg, isinstance(item.node, nodes.Name) and item.node.name not in assigned
         if is_known and isinstance(index, nodes.Name) and index.name in names:
             by_name[item.node.name, index.name] = item
-        elif is_known and isinstance(index, nodes.Getattr) and index.attr == "index0":
+        elif is_known and index == nodes.Getattr(nodes.Name("loop", "load"), "index0", "load"):
             by_loop[item.node.name] = item
     return [*by_name.values()], [*by_loop.values()]
 

@@ -346,10 +346,15 @@ def test_a_prompt_and_a_completion_may_be_messages_as_json_text_and_other_json_s
         prompt, completion = (json.dumps([message], indent=1) for message in (ASK, answer))
         rows = read(write(tmp_path / "rows.jsonl", {"prompt": prompt, "completion": completion}))
         assert conversations(rows)[0]["messages"] == [ASK, answer]
-    texts = ['[{"name": "Ann"}]', "[1, 2]", '{"role": "user"}', '[role, "content"]', "[]", "7", "null", '["role"]']
-    for text in [*texts, '[{"role": "Engineer", "name": "Ann"}]', '[{"role": "user"}] as YAML, please']:
+    texts = ['[{"name": "Ann"}]', "[1, 2]", '{"role": "?"}', '[role, "content"]', "[]", "7", "null", '["role"]']
+    for text in [*texts, '[{"role": "Engineer", "name": "Ann"}]']:
         rows = read(write(tmp_path / "rows.jsonl", {"prompt": "Which?", "completion": text}))
         assert conversations(rows)[0]["messages"][1]["content"] == text
+    python, cut, single = str([ANSWER]), json.dumps([ANSWER])[:-1], json.dumps(ANSWER)
+    for text in (python, cut, single, '[{"from": "gpt", "value": "a"}]', json.dumps([ANSWER]) + " as YAML"):
+        rows = read(write(tmp_path / "rows.jsonl", {"prompt": "Which?", "completion": text}))
+        with pytest.raises(ValueError, match="rows.jsonl:1: .*(completion|role|content)"):
+            conversations(rows)
 
 
 def test_columns_of_other_names_are_read_under_their_own(tmp_path):

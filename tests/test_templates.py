@@ -120,6 +120,10 @@ MACROS = (
         "{% for m in messages %}{% set ns.all = ns.all ~ turn(m) %}{% endfor %}{{ ns.all }}",
         "{% for m in messages %}{% set ns.all = ns.all + '<|' + m.role + '|>' + m.content + '<|end|>' %}{% endfor %}"
         "{{ ns.all }}",
+        "{% set at = namespace(index0=0) %}{% for m in messages %}{% set role = messages[at.index0].role %}"
+        "<|{{ role }}|>{{ m.content }}{% set at.index0 = at.index0 + 1 %}<|end|>{% endfor %}",
+        "{% for m in messages %}{% set outer = loop %}{% for _ in [1] %}<|{{ messages[outer.index0].role }}|>"
+        "{{ m.content }}<|end|>{% endfor %}{% endfor %}",
         "{% for m in messages %}{% call framed(m.role) %}{{ m.content }}{% endcall %}{% endfor %}",
         "{% for m in messages %}{% set ns.list = ns.list + [parts(m.role, m.content)] %}{% endfor %}{{ ns.list|join }}",
     ],
