@@ -313,7 +313,7 @@ def check(config: Config):
         raise ValueError("train.max_steps and train.max_epochs are both null: set one of them")
     measured = config.validation.exact_match or config.validation.patience or config.checkpoint.final == "best"
     if measured and not config.validation.every:
-        raise ValueError("validation.exact_match, validation.patience and checkpoint.final=best need validation.every")
+        raise ValueError("set validation.every, or validation.exact_match=0, .patience=null and checkpoint.final=last")
     if config.checkpoint.final == "best" and not config.checkpoint.keep:
         raise ValueError("checkpoint.final=best needs checkpoint.keep of at least 1")
     if config.train.profile and len(config.train.profile) != 2:

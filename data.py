@@ -215,6 +215,8 @@ def splits_of(entries: list[MixtureEntry]):
 
 def held_out(count: int, fraction: float | None, seed: int) -> np.ndarray:
     """Which of `count` rows or trees are held out, bool (count,); None or 0: none."""
+    if fraction and not 0 < fraction < 1:
+        raise ValueError(f"data.args.validation = {fraction} must be a share below 1, files, or null")
     size = max(1, round(count * fraction)) if fraction else 0
     return np.isin(np.arange(count), np.random.default_rng(seed).permutation(count)[:size])
 

@@ -133,8 +133,7 @@ def collate(examples, row: list[int], device="cpu", cp_rank: int = 0, cp_size: i
         end = np.flatnonzero(predicted != IGNORE_INDEX)[-1] + 1
         documents.append((input_ids[:end], predicted[:end]))
     tokens = sum(len(ids) for ids, _ in documents)
-    # Each rank has a token.
-    padding = max(0, cp_size - tokens) if multiple == 1 else multiple - tokens % multiple
+    padding = max(0, cp_size - tokens) if multiple == 1 else multiple - tokens % multiple  # Each rank has a token.
     if padding:
         documents.append((np.zeros(padding, dtype=np.int32), np.full(padding, IGNORE_INDEX)))
     ends = np.cumsum([len(ids) for ids, _ in documents]).tolist()

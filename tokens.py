@@ -51,8 +51,7 @@ def open_native(auto_class, name: str, revision: str | None):
         if "trust_remote_code" in str(error):
             error = "needs code of its own (auto_map), which is not run here: name a model that transformers has"
             raise ValueError(f"{name} {error}") from None
-        hint = "; is there a tokenizer? tokenizer.name may name one" if auto_class is AutoTokenizer else ""
-        raise ValueError(f"{name}: {error}{hint}") from error
+        raise ValueError(f"{name}: {error}") from error
 
 
 def choose_template(cfg, tokenizer, entries: list[data.MixtureEntry]) -> str | None:

@@ -390,6 +390,13 @@ def test_columns_that_nothing_reads_are_known_by_name(tmp_path, row, names):
     assert data.as_conversations(datasets.Dataset.from_list([row]), None)[0]["unread"] == names
 
 
+@pytest.mark.parametrize("share", [1, 1.5, 10, -0.1])
+def test_a_share_to_hold_out_that_is_none_is_refused(tmp_path, share):
+    path = write(tmp_path / "rows.jsonl", *[SAME["messages"][0]] * 4)
+    with pytest.raises(ValueError, match=f"data.args.validation = {share} must be a share below 1"):
+        data.Chats(path, validation=share)
+
+
 @pytest.mark.parametrize(
     "row, reason",
     [
@@ -557,7 +564,7 @@ def test_a_fraction_is_held_out_the_same_way_each_time(tmp_path):
     assert len(a["train"]) == 45 and prompts[0] == prompts[1] == ["5", "20", "25", "39", "49"]
     with pytest.raises(ValueError, match="data.args.*validatoin"):
         data.load_dataset_class(path, {"validatoin": 0.1})
-    with pytest.raises(ValueError, match="'validation': 2.* has no rows by number in 'train'"):
+    with pytest.raises(ValueError, match="data.args.validation = 2 must be a share"):
         data.load_mixture(config.load(None, [f"data.dataset={path}", "data.args.validation=2"]))
 
 
