@@ -314,9 +314,8 @@ def check_said(chat: Chat, i: int) -> list[str]:
 
 def notes_of(tokenizer, chat: Chat, turns: list[tuple[int, int, int]], chosen: list[int]) -> list[str]:
     """What may surprise in a conversation of which the messages `chosen` are trained, as "kind: example"."""
-    notes = []
-    if chat.tools and not any(segment.source == tracing.TOOLS for segment in chat.segments):
-        notes.append("the template leaves out the tools")
+    without_tools = chat.tools and not any(segment.source == tracing.TOOLS for segment in chat.segments)
+    notes = ["the template leaves out the tools"] if without_tools else []
     for message in chat.messages:
         said = [text_of(message), message.get("reasoning_content") or "", json.dumps(message.get("tool_calls") or "")]
         if found := special_texts(tokenizer).search("\n".join(said)):

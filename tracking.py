@@ -151,12 +151,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     if known := [flops for part, flops in PEAKS.items() if part in name]:
         return known[0]
-    measured, seconds, a = [], 0.0, ()
-    for size in [8192] * 4 if name else [64, 256, 256, 512, 512, 1024, 1024, 1024]:
-        if name or seconds < 0.1 or size == len(a):  # A CPU without bfloat16 takes 3 s for a large product in it.
-            a = torch.ones(size, size, device=device, dtype=dtype)
+    measured = []
+    for size in (8192,) if name else (64, 256, 512, 1024):
+        a = torch.ones(size, size, device=device, dtype=dtype)
+        for _ in range(4):
             began = time.perf_counter()
             (a @ a)[0, 0].item()
-            seconds = time.perf_counter() - began
-            measured.append(2 * size**3 / seconds)
+            measured.append(2 * size**3 / (time.perf_counter() - began))
+        if time.perf_counter() - began > 0.1:  # A CPU without bfloat16 takes 3 s for a larger product in it.
+            break
     return max(measured)
