@@ -28,14 +28,10 @@ def main():
     options = parser.parse_args()
     try:
         chat = Chat(options)
-        if options.prompt is None:
-            return talk(chat)
-        chat.answer(options.prompt)
+        if options.prompt is not None:
+            return chat.answer(options.prompt)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {options.model}: {' '.join(str(error).split())}") from None
-
-
-def talk(chat: "Chat"):
     import readline  # noqa: F401 (gives input() a history)
 
     print("/system TEXT, /reset, /exit; Ctrl-C ends an answer")
@@ -92,5 +88,5 @@ class Chat:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # A terminal that cannot show a character ends nothing.
+    sys.stdout.reconfigure(errors="backslashreplace")  # A character that the terminal cannot show is no error.
     main()

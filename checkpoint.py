@@ -1,7 +1,7 @@
 """Checkpoints: write, find, load, rotate, export; the run folder. What is called `step_*` is complete: it was renamed.
 
 python checkpoint.py FOLDER/step_00000010 DIR  # makes a model folder of its state/ (a LoRA adapter is merged)
-python checkpoint.py FOLDER/model DIR          # merges a LoRA adapter into its base
+python checkpoint.py FOLDER DIR                # merges the LoRA adapter of a run, or of a folder, into its base
 python checkpoint.py FOLDER --push OWNER/NAME [--private]  # uploads the model of a run, or a folder of one, to the Hub
 """
 
@@ -108,8 +108,9 @@ def find_resume_checkpoint(cfg: dict) -> tuple[Path | None, bool]:
         old["train"]["learning_rate"] = cfg["train"]["learning_rate"]
     if differing := differing_keys(old, cfg):
         raise ValueError(f"{place} holds another run: {'; '.join(differing)}. Change it back, or name another folder")
-    same_length = all(old["train"][key] == cfg["train"][key] for key in ("max_steps", "max_epochs"))
-    return newest, same_length and run_state(output_dir) == "finished" and "model" in names
+    ends = [("train", "max_steps"), ("train", "max_epochs"), ("validation", "patience"), ("checkpoint", "final")]
+    same_end = old["model"] == cfg["model"] and all(old[section][key] == cfg[section][key] for section, key in ends)
+    return newest, same_end and run_state(output_dir) == "finished" and "model" in names
 
 
 def date_of_run(cfg, launched: float) -> str:
@@ -165,7 +166,7 @@ def wait_for_run_folder(output_dir: Path, token: str):
 
 # ---- write -----------------------------------------------------------------------------------------------------------
 def write_atomically(path: Path, text: str):
-    """Write a file whose name stands for the old text or the new at any moment."""
+    """Replace a file: at any moment it has either the old text or the new."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     flush(temporary)
@@ -189,7 +190,7 @@ def replace(unfinished: Path, final: Path):
 
 
 def flush(path: Path):
-    """Have a file, or a folder's list of names, on the disk."""
+    """Flush a file or a folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
@@ -311,9 +312,9 @@ class CheckpointWriter:
 
 # ---- read ------------------------------------------------------------------------------------------------------------
 def load(folder: Path, model, optimizer, base: str | None = None):
-    """Read a checkpoint into model and optimizer, on any number of ranks. `base`: the Hub commit that it must adapt."""
-    if (trained_on := read_info(folder).get("base")) != base:
-        raise ValueError(f"{folder} adapts the commit {trained_on}, not {base}: set model.revision={trained_on}")
+    """Read a checkpoint into model and optimizer, on any number of ranks. `base`: what its adapter must belong to."""
+    if (adapted := read_info(folder).get("base")) != base:
+        raise ValueError(f"{folder} adapts another base ({adapted}, not {base}): restore it, or set model.revision")
     read_state(folder, state_of(model, optimizer), no_dist=not dist.is_initialized())
     for state in optimizer.state.values():
         if isinstance(state.get("step"), int):  # bitsandbytes
@@ -342,7 +343,7 @@ def read_state(folder: Path, state: dict[str, torch.Tensor], no_dist: bool):
                 raise ValueError(f"a part of {name} is missing")
         dcp.load(state, storage_reader=reader, no_dist=no_dist)
     except (Exception, dcp.CheckpointException) as error:
-        raise ValueError(f"{reader.path} cannot be read: {cause(error)}. Move {folder} away to go without it") from None
+        raise ValueError(f"{reader.path} cannot be read: {cause(error)}. Move {folder} away to do without it") from None
 
 
 def make_model_folder(folder: Path, target: Path, merge: bool):
@@ -352,6 +353,8 @@ def make_model_folder(folder: Path, target: Path, merge: bool):
     models = [folder / "model", *folder.parent.glob("step_*/model")] if is_checkpoint else []
     source = next(filter(Path.is_dir, models), folder)
     is_adapter = (source / "adapter_config.json").is_file()
+    if not (is_checkpoint or is_adapter):
+        raise ValueError(f"{folder} holds no adapter and no state/: name a run with LoRA, an adapter or a step_*")
     params = read_parameters(folder) if is_adapter and is_checkpoint else None
     unfinished = target.with_name(f"unfinished_{target.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -406,7 +409,8 @@ def push(folder: Path, repo: str, private: bool, api) -> str:
     prefix = "adapter_" if "adapter_config.json" in there else ""
     needed = {f"{prefix}config.json", f"{prefix}model.safetensors", "tokenizer_config.json"}
     if index.is_file():
-        needed ^= {"model.safetensors", *json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        needed |= {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        needed.remove("model.safetensors")
     if needed - there:
         raise ValueError(f"{model} is not a complete model: it has no {', '.join(sorted(needed - there))}")
     url = api.create_repo(repo, private=private or None, exist_ok=True)
@@ -418,7 +422,7 @@ def push(folder: Path, repo: str, private: bool, api) -> str:
 
 def main(arguments: list[str]):
     is_push = arguments[1:2] == ["--push"] and len(arguments) > 2 and arguments[3:] in ([], ["--private"])
-    if not is_push and (len(arguments) != 2 or arguments[1] == "--push"):
+    if not is_push and (len(arguments) != 2 or arguments[1].startswith("-")):
         sys.exit(__doc__)
     folder, target = map(Path, arguments[:2])
     if target.exists():
@@ -426,6 +430,7 @@ def main(arguments: list[str]):
     try:
         if is_push:
             return print(push(folder, arguments[2], "--private" in arguments, HfApi()))
+        folder = folder if (folder / "state").is_dir() else Path(find_model(str(folder)))
         make_model_folder(folder, target, merge=True)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

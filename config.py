@@ -34,7 +34,7 @@ class Lora:
 
 @dataclass
 class Model:
-    name: str = key("meta-llama/Llama-3.2-1B", "Hub id or folder")
+    name: str = key("meta-llama/Llama-3.2-1B", "Hub id, folder, or the output_dir of another run")
     from_scratch: bool = key(False, "true: random parameters, built from its config.json")
     revision: str | None = key(None, "branch, tag or commit on the Hub")
     dtype: Literal["bfloat16", "float32"] = key("bfloat16", "of forward and backward; parameters are float32")
@@ -48,7 +48,7 @@ class Model:
 class Tokenizer:
     name: str | None = key(None, "null: the model's")
     chat_template: str | None = key(None, "Jinja or a .jinja file; tokenizer: its own; null: the dataset's, else that")
-    template_arguments: dict = key({}, "what the template reads besides, as {enable_thinking: false}")
+    template_arguments: dict = key({}, "extra variables for the template, as {enable_thinking: false}")
     add_tokens: list[str] = key([], "special tokens to add, with rows of the embedding where there are none")
     date: str | None = key(None, "that the template prints, YYYY-MM-DD; null: of the run's first launch")
 
@@ -214,7 +214,7 @@ class Loader(yaml.BaseLoader):
     def construct_mapping(self, node, deep=False):
         mapping, names = super().construct_mapping(node, deep), [name.value for name, _ in node.value]
         if len(mapping) < len(names):
-            raise ValueError(f"the key {max(names, key=names.count)} is there twice")
+            raise ValueError(f"duplicate key {max(names, key=names.count)}")
         return mapping
 
 
@@ -223,7 +223,7 @@ def set_values(config: Config, tree: dict, names: set[str], prefix: str = "") ->
     for name, value in tree.items():
         name = prefix + name  # "train" and then "learning_rate", or "train.learning_rate" at once
         if name in names:
-            raise ValueError(f"the key {name} is there twice")
+            raise ValueError(f"duplicate key {name}")
         names.add(name)
         if name.startswith("data.args."):  # the other arguments stay
             *sections, last = name.removeprefix("data.args.").split(".")
@@ -311,13 +311,12 @@ def check(config: Config):
         raise ValueError(f"tokenizer.date = {config.tokenizer.date} must be YYYY-MM-DD")
     if config.train.max_steps is None and config.train.max_epochs is None:
         raise ValueError("train.max_steps and train.max_epochs are both null: set one of them")
-    measured = config.validation.exact_match or config.validation.patience or config.checkpoint.final == "best"
-    if measured and not config.validation.every:
-        raise ValueError("set validation.every, or validation.exact_match=0, .patience=null and checkpoint.final=last")
-    if config.checkpoint.final == "best" and not config.checkpoint.keep:
-        raise ValueError("checkpoint.final=best needs checkpoint.keep of at least 1")
-    if config.train.profile and len(config.train.profile) != 2:
-        raise ValueError(f"train.profile = {config.train.profile} must be [first, last], two steps")
+    if (config.validation.exact_match or config.validation.patience) and not config.validation.every:
+        raise ValueError("set validation.every, or validation.exact_match=0 and validation.patience=null")
+    if config.checkpoint.final == "best" and not (config.checkpoint.keep and config.validation.every):
+        raise ValueError("checkpoint.final=best needs validation.every and a checkpoint.keep of at least 1")
+    if (profile := config.train.profile) and not (len(profile) == 2 and 0 < profile[0] <= profile[1]):
+        raise ValueError(f"train.profile = {profile} must be [first, last], two steps")
     if config.model.lora.rank and config.model.from_scratch:
         raise ValueError("model.lora.rank > 0 needs trained parameters below it: set model.from_scratch=false")
     if config.parallel.strategy != "fsdp" and (config.parallel.replicas > 1 or config.parallel.cpu_offload):

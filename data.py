@@ -37,9 +37,9 @@ OF_ALPACA = ("input", "history")
 JSON_MESSAGES = re.compile(r"""(?s)\s*\[?\s*\{.*["'](role|from)["']\s*:\s*["'](system|user|assistant|human|gpt)["']""")
 PASSED_ON = ("tools", "functions", "answers", "id", "weight", *NOT_TEXT)  # columns that a row of any format may have
 SPEAKERS = {  # of ShareGPT, and the roles they are; others are called as their roles
-    **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"},
-    **{"function_call": "assistant", "function_response": "tool", "observation": "tool"},
-}
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
+    "function_call": "assistant", "function_response": "tool", "observation": "tool",
+}  # fmt: skip
 
 
 @dataclass
@@ -110,16 +110,17 @@ class Chats:
         left_out += others
         if isinstance(validation, str):
             validation = find_files(validation)
-            if not Path(path).is_file():  # a folder or a glob may name them too
-                same = {os.path.realpath(file) for file in validation}
-                files, left_out = ([f for f in part if os.path.realpath(f) not in same] for part in (files, left_out))
+        if isinstance(validation, list) and not Path(path).is_file():  # a folder or a glob may name them too
+            same = {os.path.realpath(file) for file in validation}
+            files, left_out = ([f for f in part if os.path.realpath(f) not in same] for part in (files, left_out))
         if left_out:
             print(f"{path}: {len(left_out)} left out by their names: {', '.join(left_out[:5])}", file=sys.stderr)
         if not files:
             raise ValueError(f"data: {path} has no rows to train on: no file is left for it")
-        train = read_files(files, format, columns)
+        read = functools.partial(as_conversations, format=format, columns=columns)
+        train = read(read_table(files))
         if isinstance(validation, list):
-            self.formatted_ds = {"train": train, "validation": read_files(validation, format, columns)}
+            self.formatted_ds = {"train": train, "validation": read(read_table(validation))}
         else:
             self.formatted_ds = split_rows(train, validation, seed)
         self.task_spec = TaskDataSpec(Path(path).name.split(".")[0].strip("*?[]") or Path(path).absolute().parent.name)
@@ -173,8 +174,8 @@ def load_mixture(cfg, scoring: bool = False) -> list[MixtureEntry]:
             if rows is None or len(rows) == 0 or isinstance(rows, dict):
                 raise ValueError(f"{requested} has no rows by number in {split!r}, of {[*dataset.formatted_ds]}")
         name = dataset.task_spec.task_name
-        taken = {entry.name for entry in entries}
-        free = next(n for n in [name, *(f"{name}_{k}" for k in range(2, len(entries) + 2))] if n not in taken)
+        names = [name, *(f"{name}_{k}" for k in range(2, len(entries) + 2))]
+        free = next(name for name in names if name not in [entry.name for entry in entries])
         entries.append(MixtureEntry(free, dataset, weight, splits))
     if validates and not any("validation" in entry.splits for entry in entries):
         fix = "set data.args.validation, or validation.every=null to train without"
@@ -192,13 +193,13 @@ def load_dataset_class(name: str, args: dict):
         module = sys.modules[module_name] = importlib.util.module_from_spec(spec)  # where workers find its functions
         spec.loader.exec_module(module)
         make = getattr(module, class_name, None)
-    elif name.endswith(ENDINGS) or glob.has_magic(name) or Path(name).is_dir():
+    elif name.lower().endswith(ENDINGS) or glob.has_magic(name) or Path(name).is_dir():
         make = functools.partial(Chats, name)
     elif name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists():
         make = functools.partial(HubChats, name)
     if not callable(make):
         kinds = f"squad, openassistant, my_data.py:MyDataset, owner/name on the Hub, or files ({', '.join(ENDINGS)})"
-        raise ValueError(f"data.dataset = {name!r} is not there, or not one of {kinds}")
+        raise ValueError(f"data.dataset = {name!r} does not exist, or is not one of {kinds}")
     try:
         return make(**args)
     except TypeError as error:
@@ -228,10 +229,6 @@ def split_rows(rows: datasets.Dataset, fraction: float | None, seed: int) -> dic
 
 
 # ---- formats and rows ------------------------------------------------------------------------------------------------
-def read_files(files: list[str], format: str | None, columns: dict | None = None) -> datasets.Dataset:
-    return as_conversations(read_table(files), format, columns)
-
-
 def as_conversations(table: datasets.Dataset, format: str | None, columns: dict | None = None) -> datasets.Dataset:
     """The rows of a table, converted when they are read. `format`: of `FORMATS`; None: by the columns of each row."""
     if unknown := {*(columns or {})} - {"system", *OF_ALPACA, *PASSED_ON}.union(*FORMATS.values()):
@@ -259,16 +256,17 @@ def to_conversation(row, format: str | None, columns: dict) -> dict:
     are `unread`. Raises ValueError where its columns (null counts as absent) are not those of one format."""
     if columns:
         if missing := [name for name in columns.values() if name not in row]:
-            raise ValueError(f"has no column {missing[0]!r}, as data.args.columns names it, only {', '.join(row)}")
+            raise ValueError(f"has no column {missing[0]!r}, which data.args.columns names, only {', '.join(row)}")
         others = {name: value for name, value in row.items() if name not in columns.values()}
         row = others | {name: row[theirs] for name, theirs in columns.items()}
+    row = {"messages": row} if isinstance(row, list) else row
     there = {name for name, value in row.items() if value is not None} if isinstance(row, dict) else set()
     wanted = [format] if format else [name for name in FORMATS if name not in NO_CHAT]
     fitting = [name for name in wanted if there.issuperset(FORMATS[name])]
     if len(fitting) != 1:
         kinds = f"{' and '.join(fitting) or 'no format'} with data.args.format = {format or 'null'}"
-        fix = f"there are {FORMATS}; data.args.columns={{messages: dialogue}} takes the column dialogue for messages"
-        raise ValueError(f"the columns {', '.join(sorted(there)) or '(none)'} are of {kinds}; {fix}")
+        fix = f"formats: {', '.join(FORMATS)}; data.args.columns={{messages: dialogue}} reads dialogue as messages"
+        raise ValueError(f"the non-null columns {', '.join(sorted(there)) or '(none)'} are of {kinds}; {fix}")
     format = fitting[0]
     of_format = {"prompt_completion": ("label", "input"), "text": ("weight",), "tokens": ("weight",)}
     for name in ("train", "loss", "training", *of_format.get(format, ())):
@@ -296,6 +294,8 @@ def from_prompt_completion(row: dict) -> list[dict]:
             side = from_json(side, name)
         sides.append(side if isinstance(side, list) else [{"role": role, "content": side}])
     prompt, completion = sides
+    if completion and completion[0].get("role") != "assistant":
+        raise ValueError(f"completion begins with {completion[0].get('role')!r}, not with a message of the assistant")
     # An answer in the prompt is part of the question.
     question = [{**m, "train": m.get("train") or False} if m.get("role") == "assistant" else m for m in prompt]
     return question + completion
@@ -369,8 +369,8 @@ def normalize(row) -> dict:
     check_objects(messages, "messages")
     check_objects(tools, "tools")
     tools, messages = [wrapped(tool) for tool in tools], [normalize_message(m, i) for i, m in enumerate(messages)]
-    if row.get("weight") not in (None, 1):  # of the whole row; 0: nothing of it is trained
-        messages = [{**message, "weight": row["weight"]} for message in messages]
+    if (weight := from_json(row.get("weight"), "weight")) not in (None, 1):  # 0: nothing of the row is trained
+        messages = [{**message, "weight": weight} for message in messages]
     if all(message["role"] != "assistant" for message in messages):
         raise ValueError("has no assistant turn, so there is nothing to train")
     # A UnicodeEncodeError, which is a ValueError, where a text was cut inside a character

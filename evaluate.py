@@ -120,19 +120,12 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, stop_ids: lis
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     # The attention of the training takes no padding, so transformers' own one answers.
     attention = "sdpa" if model._supports_sdpa and model.config._attn_implementation != "eager" else "eager"
-    own_config = model.generation_config
-    model.generation_config = GenerationConfig()  # The model's own may have penalties or beams: not greedy.
+    own_config, model.generation_config = model.generation_config, GenerationConfig()  # Its own may have penalties.
+    options = {"eos_token_id": stop_ids, "pad_token_id": stop_ids[0], "use_cache": True, "do_sample": False} | sampling
+    options["max_new_tokens"] = max(1, min(max_new_tokens, max_positions(model) - longest))
+    options["synced_gpus"] = is_sharded(model)  # The ranks of a sharded model compute each token together.
     with eval_mode(model, attention):
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max(1, min(max_new_tokens, max_positions(model) - longest)),
-            eos_token_id=stop_ids,
-            pad_token_id=stop_ids[0],
-            use_cache=True,
-            synced_gpus=is_sharded(model),  # The ranks of a sharded model compute each token together.
-            **({"do_sample": False} | sampling),
-        )
+        output = model.generate(input_ids=ids, attention_mask=mask, **options)
     model.generation_config = own_config
     answers = output[:, longest:].tolist()
     return [answer[: next((k for k, id in enumerate(answer) if id in stop_ids), None)] for answer in answers]
@@ -144,7 +137,7 @@ def answer_all(model, tokenizer, examples, stop_ids, max_tokens: int, max_prompt
     rank, world_size = distributed.rank_and_world_size()
     right = {text for example in examples for text in (example.reference, *(example.answers or []))}
     # An answer is cut after 256 tokens, so that a longer reference counts as missed.
-    max_new_tokens = min(256, max(32, *(len(tokenizer.encode(text)) + 8 for text in right)))
+    max_new_tokens = min(256, max([32, *(len(tokenizer.encode(text)) + 8 for text in right)]))
     lengths, positions = np.array([len(example.prompt) for example in examples]), max_positions(model)
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     # Beyond it, the longest prompt of a batch may change the rotary frequencies of all.
@@ -217,6 +210,6 @@ def evaluate(name: str, arguments: list[str], max_examples: int | None, output: 
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # A terminal that cannot show a character ends nothing.
+    sys.stdout.reconfigure(errors="backslashreplace")  # A character that the terminal cannot show is no error.
     main()
     distributed.hard_exit()

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 import lora
 from model import blocks, open_on_paper, open_saved
+from templates import special_ids
 
 
 def meta_model(hf_config, generation_config, dtype: torch.dtype, adapter: dict | None = None):
@@ -45,7 +46,7 @@ def repair_generation(generation: GenerationConfig) -> list[str]:
 
 
 def try_export(meta, tokenizer, stop_ids: list[int], output_dir: Path):
-    """Raises ValueError unless `export` can write this model below `output_dir`, and what it writes opens again equal.
+    """Raises ValueError unless `export` can write this model below `output_dir`, and that it reloads unchanged.
     Of the parameters, zeros are written for one block of each kind and for all that is outside the blocks."""
     meta, kinds = copy.deepcopy(meta), set()
     layers = blocks(meta)
@@ -80,7 +81,9 @@ def export(meta, params: dict, tokenizer, stop_ids: list[int], folder: Path):
     shutil.rmtree(folder, ignore_errors=True)
     generation = meta.generation_config
     generation._from_model_config = False  # Else transformers 4 would take the values of config.json again.
-    generation.eos_token_id = stop_ids if len(stop_ids) > 1 else stop_ids[0]
+    own = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+    ends = list(dict.fromkeys([*stop_ids, *(id for id in own if id in special_ids(tokenizer))]))  # own: as after calls
+    generation.eos_token_id = ends if len(ends) > 1 else ends[0]
     generation.pad_token_id = generation.pad_token_id if generation.pad_token_id is not None else stop_ids[0]
     tokenizer.save_pretrained(folder)
     if hasattr(meta, "adapter_config"):

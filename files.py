@@ -38,13 +38,13 @@ def find_files(path: str) -> list[str]:
     path = str(Path(path))  # without "./", as those below it are named
     found = {path, *glob.glob(f"{glob.escape(path)}/**/*" if Path(path).is_dir() else path, recursive=True)}
     saved = {str(Path(file).with_name("state.json")) for file in found if Path(file).name == "dataset_info.json"}
-    files = [file for file in found - saved if file.endswith(ENDINGS) and Path(file).is_file()]
+    files = [file for file in found - saved if file.lower().endswith(ENDINGS) and Path(file).is_file()]
     files = [file for file in files if not Path(file).name.startswith(("dataset_info", "dataset_dict"))]  # of the Hub
     for state in saved & found:  # of a dataset that was saved to disk
         shards = json.loads(Path(state).read_bytes())["_data_files"]
         files += [str(Path(state).with_name(shard["filename"])) for shard in shards]
     if not files:
-        raise ValueError(f"data: {path} names no file that ends in {', '.join(ENDINGS)}")
+        raise ValueError(f"data: {path} is not there, or names no file that ends in {', '.join(ENDINGS)}")
     return sorted(files, key=Path)
 
 
@@ -79,7 +79,7 @@ def iterate_rows(files: list[str]):
 
 def numbered_rows(file: str):
     """Pairs of a number and a row, which is bytes where it is a line of JSON."""
-    ending = next(ending for ending in (*ENDINGS, ".arrow") if file.endswith(ending))
+    ending = next(ending for ending in (*ENDINGS, ".arrow") if file.lower().endswith(ending))
     if ending in (".parquet", ".arrow"):
         stream = pyarrow.memory_map(file)
         parquet, saved = pyarrow.parquet.ParquetFile, pyarrow.ipc.open_stream
@@ -114,10 +114,10 @@ def csv_rows(text: str, separators: str):
 
 
 def unique_keys(pairs: list[tuple]) -> dict:
-    """A JSON object, in which no key stands twice."""
+    """Build a JSON object; a duplicate key is an error."""
     if len(there := dict(pairs)) < len(pairs):
         names = ", ".join(name for name, _ in pairs)
-        raise ValueError(f"a key is there twice in an object with {names}: {str(there)[:80]}")
+        raise ValueError(f"duplicate key in an object with the keys {names}: {str(there)[:80]}")
     return there
 
 

@@ -97,8 +97,8 @@ def add_adapter(model, adapter: dict):
 
 
 def quantize(model, device: torch.device):
-    """Have all frozen linear layers hold their weights on the device in NF4, 4 bits each with a scale for 64 of them,
-    itself in 8 bits; the products are in the dtype of their inputs (QLoRA: https://arxiv.org/abs/2305.14314)."""
+    """Store the weights of all frozen linear layers on the device in NF4: 4 bits per weight, and a scale of 8 bits per
+    64 weights. The products are in the dtype of their inputs (QLoRA: https://arxiv.org/abs/2305.14314)."""
     from bitsandbytes import functional, matmul_4bit
 
     for layer in linear_layers(model).values():
@@ -145,9 +145,9 @@ def settings_of(model_cfg):
     settings |= {"targets": adapter["target_modules"], "train_embeddings": bool(adapter.get("modules_to_save"))}
     base = {"name": adapter["base_model_name_or_path"], "revision": adapter.get("revision"), "from_scratch": False}
     there = dataclasses.replace(model_cfg, **base, lora=dataclasses.replace(model_cfg.lora, **settings))
-    for key in ("lora.rank", "lora.train_embeddings", "from_scratch"):
-        ours, its = map(operator.attrgetter(key), (model_cfg, there))
-        if ours and ours != its:
+    for key in ("lora.rank", "lora.alpha", "lora.dropout", "lora.targets", "lora.train_embeddings", "from_scratch"):
+        default, ours, its = map(operator.attrgetter(key), (type(model_cfg)(), model_cfg, there))
+        if ours not in (default, its):
             raise ValueError(f"model.{key} = {ours}, but the adapter {model_cfg.name} has {its}: leave the key out")
     return there
 
@@ -166,8 +166,9 @@ def load_adapter(model, folder: Path, params: dict | None = None):
     if params is None:
         saved = load_file(folder / "adapter_model.safetensors")
         params = {re.sub(r"^base_model\.model\.|(?<=lora_[AB])\.weight$", "", name): p for name, p in saved.items()}
-    trained, tied = ({n: p for n, p in model.named_parameters(remove_duplicate=d) if p.requires_grad} for d in (1, 0))
-    if not trained.keys() <= params.keys() <= tied.keys():
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    with_tied = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    if not {*trained} <= params.keys() <= with_tied:
         raise ValueError(f"{folder} does not hold the parameters of the layers that its adapter_config.json names")
     if rows := [len(params[name]) for name in trained if "lora_" not in name]:
         model.resize_token_embeddings(rows[0], mean_resizing=False)

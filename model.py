@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import zlib
 from pathlib import Path
 
 import torch
@@ -70,9 +71,11 @@ def load_model(model_cfg, device: torch.device, meta: bool = False, rows: int = 
             check_loaded(name, model, open_on_paper(name, hf_config, revision))
     else:
         model = open_complete(name, config=hf_config, revision=revision, **options)
+        model.digest = 0  # By which a resumed adapter knows its base.
         for parameter, p in model.named_parameters():
             if not math.isfinite(p.detach().sum(dtype=torch.float64)):
                 raise ValueError(f"model.name = {name!r}: {parameter} holds values that are not finite")
+            model.digest = zlib.crc32(p.detach().flatten()[:64].float().numpy(), model.digest)
         head, tied = model.get_output_embeddings(), model.config.get_text_config().tie_word_embeddings
         if tied and head is not None and head.weight is not model.get_input_embeddings().weight:
             raise ValueError(f"model.name = {name!r} has an output layer of its own: set tie_word_embeddings=false")

@@ -69,20 +69,21 @@ def pack(indices, lengths, world_size: int, max_tokens: int) -> list[list[list[i
     rows are even. The i-th rows of all ranks are similar in cost, because ranks wait for each other there."""
     sizes = np.asarray(lengths[np.asarray(indices, dtype=np.int64)], dtype=np.int64)
     longest_first = np.argsort(-sizes, kind="stable")
-    # At most as many rows as give each example one of its own: an example may be longer than max_tokens.
-    per_rank = max(1, min(math.ceil(int(sizes.sum()) / (max_tokens * world_size)), math.ceil(len(sizes) / world_size)))
+    # Two examples of more than half a row share none. At most, each example has a row of its own, however long it is.
+    needed = max(math.ceil(int(sizes.sum()) / max_tokens), int((2 * sizes > max_tokens).sum()))
+    per_rank = max(1, math.ceil(min(needed, len(sizes)) / world_size))
     while True:
         rows = [[] for _ in range(per_rank * world_size)]
         emptiest = [(0, row) for row in range(len(rows))]
         for place in longest_first:
             tokens, row = emptiest[0]
             if tokens and tokens + sizes[place] > max_tokens:
-                break  # Not even the emptiest row has room: try again with one more row per rank.
+                break  # Not even the emptiest row has room: try again with more rows.
             rows[row].append(int(indices[place]))
             heapq.heapreplace(emptiest, (tokens + int(sizes[place]), row))
         else:
             break
-        per_rank += 1
+        per_rank += 1 + per_rank // 64
     rows.sort(key=lambda row: -cost(row, lengths))
     turns = [rows[i : i + world_size] for i in range(0, len(rows), world_size)]
     # Every other turn is reversed, so that no rank gets the largest row of every turn.

@@ -70,6 +70,7 @@ def preview(cfg, options, report: dict, samples: list[tuple[str, str]]):
         newest, finished = checkpoint.find_resume_checkpoint(config.to_dict(cfg))
         if newest or finished:
             report["notes"].append(f"{cfg.output_dir} holds the run, {'finished' if finished else f'at {newest.name}'}")
+    cfg.model.name = checkpoint.find_model(cfg.model.name)
     cfg.tokenizer.date = checkpoint.date_of_run(cfg, time.time())
     tokenizer, entries, splits, hashes = load_tokenizer(cfg), [], {}, {}
     try:
@@ -167,15 +168,10 @@ def batch_metrics(cfg, examples, world_size: int) -> dict:
         idle, busy = idle + (costs.max(0) - costs).sum(), busy + costs.sum()  # Ranks wait for each other at each row.
         sizes += [(lengths[row].sum(), examples.trained_tokens[row].sum()) for rows in plan for row in rows]
     tokens, trained_tokens = map(int, max(sizes))
-    return {
-        "steps_per_epoch": steps_per_epoch,
-        "steps": steps,
-        "epochs": round(steps / steps_per_epoch, 3),
-        "rows_filled": round(float(np.sum(sizes, axis=0)[0]) / (len(sizes) * max_tokens), 4),
-        "ranks_wait": round(idle / (idle + busy), 4),
-        "largest_row_tokens": tokens,
-        "largest_row_supervised": trained_tokens,
-    }
+    metrics = {"steps_per_epoch": steps_per_epoch, "steps": steps, "epochs": round(steps / steps_per_epoch, 3)}
+    metrics["rows_filled"] = round(float(np.sum(sizes, axis=0)[0]) / (len(sizes) * max_tokens), 4)
+    metrics["ranks_wait"] = round(idle / (idle + busy), 4)
+    return metrics | {"largest_row_tokens": tokens, "largest_row_supervised": trained_tokens}
 
 
 def memory(cfg, tokenizer, gpu_gib: float | None, longest: int, report: dict) -> dict:
@@ -319,5 +315,5 @@ body{font-family:sans-serif;max-width:70em;margin:2em auto} pre{white-space:pre-
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # A terminal that cannot show a character ends nothing.
+    sys.stdout.reconfigure(errors="backslashreplace")  # A character that the terminal cannot show is no error.
     main()

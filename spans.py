@@ -11,7 +11,7 @@ def turn_spans(chat, i: int) -> list[tuple[int, int, int]]:
     own = [k for k, segment in enumerate(chat.segments) if segment.printer == i]
     for segment in chat.segments:
         if segment.printer != i and segment.source == i and not segment.is_label:
-            chat.refuse(i, "what the assistant says is printed where another message is due", segment.start)
+            chat.refuse(i, "the assistant's text is printed inside another message", segment.start)
     if not own:
         return []  # the template drops this message
     start, spans = turn_start(chat, i, own[0]), []

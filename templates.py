@@ -186,13 +186,13 @@ def encode_with_notes(tokenizer, messages, tools, chat_template, train_on="all",
         raise ValueError("the chat template prints nothing of what the assistant says")
     text, chosen = chat.text, chat.assistants if train_on == "all" else chat.assistants[-1:]
     chosen = [i for i in chosen if is_trained(messages[i], i)]
-    keys = {name for message in messages for name, value in message.items() if value} - {*SWITCHES, *READ_KEYS}
+    keys = {name for message in messages for name, value in message.items() if value not in (None, "", [], {})}
+    keys -= {*SWITCHES, *READ_KEYS}
     notes = [f"nothing reads the key {name!r} of a message" for name in sorted(keys) if name not in chat_template]
     notes += ["the template may print the date"] if "strftime_now" in chat_template else []
     notes += notes_of(tokenizer, chat, turns, chosen) + [note for i in chosen for note in check_said(chat, i)]
     if not text.startswith(bos := own_bos(tokenizer)):
         text, turns = bos + text, [(i, start + len(bos), end + len(bos)) for i, start, end in turns]
-    last = turns[-1][0]
     ids = token_ids(tokenizer, text[: turns[0][1]], at_start=True)
     labels = [IGNORE_INDEX] * len(ids)
     next_starts = [start for _, start, _ in turns[1:]] + [len(text)]
@@ -205,7 +205,8 @@ def encode_with_notes(tokenizer, messages, tools, chat_template, train_on="all",
         else:
             after = token_ids(tokenizer, text[end:next_start], at_start=False)
         # The model stops at a special token. If the template ends the last turn without one, EOS is put there.
-        if i == last and not (turn and turn[-1] in special_ids(tokenizer)) and after[:1] != [tokenizer.eos_token_id]:
+        is_ended = (turn and turn[-1] in special_ids(tokenizer)) or after[:1] == [tokenizer.eos_token_id]
+        if start == turns[-1][1] and not is_ended:
             if tokenizer.eos_token_id is None:
                 raise ValueError("the chat template ends the turn with no special token, and the tokenizer has no EOS")
             turn = [*turn, tokenizer.eos_token_id]

@@ -71,18 +71,19 @@ def choose_template(cfg, tokenizer, entries: list[data.MixtureEntry]) -> str | N
         raise ValueError(f"chat template {str(chat_template)[:99]!r} is not Jinja text; see tokenizer.chat_template")
     for name, value in cfg.tokenizer.template_arguments.items():  # Saved with the template, as defaults of a server.
         default = f"{{% if {name} is not defined %}}{{% set {name} = {value!r} %}}{{% endif %}}{{{{ '' }}}}"
-        chat_template = default + chat_template  # (What is printed keeps a line break behind it.)
+        chat_template = default + chat_template  # (`{{ '' }}` keeps a line break behind it.)
     tracing.compile_template(chat_template)
     return templates.with_bos(tokenizer, chat_template)
 
 
 def find_stop_ids(tokenizer, examples: "TokenizedDataset") -> list[int]:
-    """Ids at which generation stops: those that end the trained turns, then the tokenizer's EOS."""
-    ends, special = [], templates.special_ids(tokenizer)
-    for i in [i for i in examples.first(1000) if examples.lengths[i] < examples.max_seq_length]:  # not truncated
-        _, labels = examples[i]
-        ends.append(int(labels[labels != templates.IGNORE_INDEX][-1]))
-    return list(dict.fromkeys(end for end in [*ends, tokenizer.eos_token_id] if end in special))
+    """Ids at which generation stops: those that end each conversation's last trained turn, then the tokenizer's EOS."""
+    special = templates.special_ids(tokenizer)
+    labels = [examples[i][1] for i in examples.first(1000) if examples.lengths[i] < examples.max_seq_length]  # not cut
+    ends = [int(each[each != templates.IGNORE_INDEX][-1]) for each in labels]
+    if not (stop_ids := list(dict.fromkeys(end for end in [*ends, tokenizer.eos_token_id] if end in special))):
+        raise ValueError("no trained turn ends in a special token, and tokenizer_config.json has no eos_token: set it")
+    return stop_ids
 
 
 # ---- tokenized once --------------------------------------------------------------------------------------------------
@@ -137,7 +138,7 @@ def tokenize(rows, name: str, tokenizer, chat_template: str, train_on: str, cach
     )  # fmt: skip
     paths = [file["filename"] for file in dataset.cache_files]
     for path in paths:
-        with contextlib.suppress(OSError):  # Only their owner may. Not every disk notes by itself when a file is read.
+        with contextlib.suppress(OSError):  # Only their owner may. Many disks do not record when a file is read.
             os.utime(path, ns=(time.time_ns(), os.stat(path).st_mtime_ns))
     return paths
 

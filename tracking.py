@@ -115,9 +115,9 @@ class Tracker:
 
 # ---- what the machine does -------------------------------------------------------------------------------------------
 PEAKS = {  # dense bfloat16 operations a second of NVIDIA's data sheets, by a part of the device's name
-    **{"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12},
-    **{"L4": 121e12, "RTX 4090": 165e12},
-}
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
+    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12,
+}  # fmt: skip
 
 
 class Meter:
@@ -138,10 +138,9 @@ class Meter:
     def measure(self, tokens: int, trained_tokens: int, seconds: float) -> dict[str, float]:
         """Metrics of a step over all ranks, and the most memory that this one has used: of its GPU, else in all."""
         mfu = (self.flops * tokens + self.head_flops * trained_tokens) / seconds / self.peak
-        if self.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated(self.device) / 2**30
-        else:
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+        unit = 2**30 if sys.platform == "darwin" else 2**20  # ru_maxrss is in bytes there, else in KiB
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        memory = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else host
         speed = {"train/seconds": seconds, "train/tokens_per_second": tokens / seconds, "train/mfu": mfu}
         return {**speed, "train/peak_memory_gib": memory}
 

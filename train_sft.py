@@ -41,6 +41,7 @@ def main():
         return
     try:
         cfg = config.from_command_line(sys.argv[1:])
+        cfg.model.name = checkpoint.find_model(cfg.model.name)  # Of a run's folder, its newest model.
         rank, local_rank = launch(cfg)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -55,7 +56,7 @@ def main():
         _, finished = checkpoint.find_resume_checkpoint(config.to_dict(cfg)) if rank == 0 else (None, None)
         if distributed.broadcast_object(finished):
             if rank == 0:
-                print(f"{output_dir} holds a finished run; to train further, raise train.max_epochs or max_steps")
+                print(f"{output_dir} holds a finished run; raise train.max_steps, .max_epochs or validation.patience")
             return
         dataset = load_data(cfg, rank, local_rank)
 
@@ -93,7 +94,8 @@ def train(cfg, device, dataset: "Data", start: int, steps: int, resume_from, sta
     # ---- model, DDP or FSDP, optimizer; restored from the checkpoint ----
     model, parallel_model, optimizer, strategy, can_pack = build_model(cfg, device, dataset)
     adapter = getattr(model, "adapter_config", None)
-    info = {"data": train_set.digest, "base": adapter and adapter["revision"]}
+    base = distributed.broadcast_object(adapter and (adapter["revision"] or getattr(model, "digest", None)))
+    info = {"data": train_set.digest, "base": base}
     if resume_from:
         checkpoint.load(resume_from, model, optimizer, info["base"])
     # Neighboring ranks that share a row (context parallelism) get the same rows, and each its slice of them. A row has
@@ -225,8 +227,8 @@ def launch(cfg) -> tuple[int, int]:
         if (cfg.cluster.gpus_per_node or 1) > 1:
             raise SystemExit(launch_ranks(cfg.cluster.gpus_per_node, Path(cfg.output_dir)))
         return 0, 0
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-    rank, local_rank, world_size, local_world_size = (int(os.environ[name]) for name in names)
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    world_size, local_world_size = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
     for key, there in (("gpus_per_node", local_world_size), ("num_nodes", world_size // local_world_size)):
         if getattr(cfg.cluster, key) not in (None, there):
             raise ValueError(f"cluster.{key} must be {there} (torchrun's value) or null")
@@ -234,7 +236,7 @@ def launch(cfg) -> tuple[int, int]:
 
 
 def launch_ranks(count: int, output_dir: Path) -> int:
-    """Do what `torchrun --nproc_per_node` does, in this process. Returns the exit code: 0 if the run was requested to
+    """Do what `torchrun --nproc_per_node` does, in this process. Returns the exit code: 0 if the run was asked to
     stop and has saved, where torchrun itself would exit with 1 and a traceback."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -473,6 +475,6 @@ def validate(cfg, model, parallel_model, dataset, my_rows, collate, tracker, val
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # A terminal that cannot show a character ends nothing.
+    sys.stdout.reconfigure(errors="backslashreplace")  # A character that the terminal cannot show is no error.
     main()
     distributed.hard_exit()

@@ -198,7 +198,7 @@ def test_a_failed_write_is_raised_in_the_loop_and_harms_nothing(tmp_path):
 def test_a_failing_export_takes_no_state_with_it(tmp_path):
     model, optimizer, a_writer = trained_and_saved(tmp_path, keep=0)
     a_step(model, optimizer)
-    wanted, a_writer.stop_ids = copies(model, optimizer), []  # which cannot be exported
+    wanted, a_writer.tokenizer = copies(model, optimizer), None  # which cannot be exported
     a_writer.save(2, model, optimizer, {})
     with pytest.raises(OSError, match="step_00000002"):
         a_writer.done()

@@ -144,6 +144,7 @@ def test_the_resolved_configuration_is_a_file_that_loads_to_itself(tmp_path, val
         ("data.dataset=[{dataset: squad, weight: -1}]", "'weight': -1"),
         ("data.dataset=[{dataset: squad, weight: '2'}]", "'weight': '2'"),
         ("data={dataset: [{dataset: squad}], args: {a: 1}}", "data.args"),
+        ("train.profile=[3, 2]", "train.profile = [3, 2] must be [first, last]"),
         ("tokenizer.date=tomorrow", "tokenizer.date = tomorrow must be YYYY-MM-DD"),
         ("train={max_steps: null, max_epochs: null}", "set one of them"),
     ],
@@ -158,7 +159,7 @@ def test_a_mistake_is_one_line_with_the_key_and_the_rule(override, named):
     "text, named",
     [
         ("seed: 1\nseed: 2", "seed"),
-        ("data: {args: {a: 1, a: 1}}", "the key a "),
+        ("data: {args: {a: 1, a: 1}}", "duplicate key a"),
         ("train: {max_steps: 1}\ntrain.max_steps: 2", "train.max_steps"),
         ("train:\n  max_step: 3", "'train.max_steps'"),
         ("model:\n", "model.name"),

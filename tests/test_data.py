@@ -46,7 +46,7 @@ def write(path, *rows):
 
 
 def read(path, format=None, columns=None):
-    return data.read_files(data.find_files(str(path)), format, columns)
+    return data.as_conversations(data.read_table(data.find_files(str(path))), format, columns)
 
 
 def questions(rows):
@@ -108,6 +108,10 @@ def test_hidden_files_are_no_data_nor_are_those_validated_on(tmp_path):
     assert prompts == {"train": ["c.jsonl"], "validation": ["val.jsonl"]}
     splits = data.load_dataset_class(f"{tmp_path}/val.jsonl", {"validation": f"{tmp_path}/val.jsonl"}).formatted_ds
     assert len(splits["train"]) == 1  # it is named, so it is wanted
+    (tmp_path / "val.jsonl").rename(tmp_path / "D.JSONL")
+    splits = data.load_dataset_class(str(tmp_path), {"validation": [f"{tmp_path}/c.jsonl"]}).formatted_ds
+    prompts = {split: [row["messages"][0]["content"] for row in rows] for split, rows in splits.items()}
+    assert prompts == {"train": ["val.jsonl"], "validation": ["c.jsonl"]}
 
 
 @pytest.mark.parametrize("text", [b"%s\n%s", b"%s\r\n%s\n\n \n", b"\xef\xbb\xbf%s\n\n%s\n"])
@@ -401,11 +405,13 @@ def test_a_share_to_hold_out_that_is_none_is_refused(tmp_path, share):
     "row, reason",
     [
         ("{", "the row cannot be read as JSON"),
-        ('{"messages": [{"role": "user", "content": "a", "role": "assistant"}]}', "a key is there twice.*role"),
+        ('{"messages": [{"role": "user", "content": "a", "role": "assistant"}]}', "duplicate key.*role"),
         ({"messages": "[{'role': 'user'}]"}, r"messages cannot be read as JSON.*\[\{'role'"),
         ({"conversations": ""}, "conversations cannot be read as JSON"),
-        ({"messages": [ASK, ANSWER], "tools": '[{"name": "f", "name": "g"}]'}, "tools .* a key is there twice.*name"),
-        ([5], "no format"),
+        ({"messages": [ASK, ANSWER], "tools": '[{"name": "f", "name": "g"}]'}, "tools .* duplicate key.*name"),
+        ([5], "messages is .*not a list of objects"),
+        ("7", "no format"),
+        ({"prompt": "Say it in JSON", "completion": json.dumps([ASK, ANSWER])}, "completion begins with 'user'"),
         ({"messages": []}, "no assistant turn"),
         ({"messages": [{**ANSWER, "tool_calls": "x"}]}, r"messages\[0\]: tool_calls is 'x'"),
         ({"messages": [ASK, ANSWER], "tools": [5]}, r"tools is '\[5\]'"),
@@ -434,7 +440,7 @@ def test_a_share_to_hold_out_that_is_none_is_refused(tmp_path, share):
         ({"conversations": [{"from": "human", "value": None}]}, r"messages\[0\]: the content is 'None'"),
         ({"conversations": [{"from": "gpt", "value": "a", "content": "b"}]}, "another 'content'"),
         ({"messages": [{**ASK, "images": ["cat.png"]}, ANSWER]}, "messages.0.: has 'images'"),
-        ({"messages": [ASK, {**CALL, "tool_calls": [{"name": "f", "arguments": '{"a": 1, "a": 2}'}]}]}, "there twice"),
+        ({"messages": [{**CALL, "tool_calls": [{"name": "f", "arguments": '{"a": 1, "a": 2}'}]}]}, "duplicate key"),
         ({"instruction": "a", "output": "b", "history": ["Hi", "Yo"]}, "history has 'Hi'"),
         ({"conversations": ["a"]}, r"messages is .*'a'.*, not a list of objects"),
         ({"conversations": [{"from": "function_call", "value": "{"}]}, "function_call cannot be read as JSON"),
@@ -721,9 +727,10 @@ def test_a_call_without_a_name_or_an_object_of_arguments_is_refused(function):
 
 def test_the_weight_of_a_row_is_that_of_each_message(tmp_path):
     row = SAME["prompt_completion"][0]
-    path = write(tmp_path / "rows.jsonl", *({**row, "weight": weight} for weight in (0, 1, None, 0.5)))
-    answers = [data.read_conversation(read(path), i, "rows")["messages"][1] for i in range(4)]
-    assert [templates.is_trained(answer, 1) for answer in answers[:3]] == [False, True, True]
+    path = write(tmp_path / "rows.jsonl", *({**row, "weight": weight} for weight in (0, 1, None, 0.5, "0")))
+    answers = [data.read_conversation(read(path), i, "rows")["messages"][1] for i in range(5)]
+    trained = [templates.is_trained(answer, 1) for answer in (*answers[:3], answers[4])]  # "0": of a spreadsheet
+    assert trained == [False, True, True, False]
     with pytest.raises(ValueError, match='"weight" is 0.5'):
         templates.is_trained(answers[3], 1)
 

@@ -132,6 +132,7 @@ def test_batches_of_answers_fit_and_prompts_that_do_not_fit_are_empty(memorized,
     assert answers == [tokenizer.decode([7 + i]).strip() for i in range(51)] + ["", ""]  # 256 positions
     assert all(n == 1 or n * most <= 500 and most <= 256 for n, most in batches) and len(batches) < 30
     examples[0] = examples[0]._replace(prompt=[])
+    assert evaluate.answer_all(model, tokenizer, [], [2], 500) == []
     short = evaluate.answer_all(model, tokenizer, examples, [2], 500, max_prompt=90)
     assert [not text for text in short] == [length == 0 or length >= 90 for length in lengths]
 

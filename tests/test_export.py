@@ -14,6 +14,7 @@ from transformers import (
     AutoTokenizer,
     DeepseekV3Config,
     Gemma3TextConfig,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen3Config,
@@ -67,6 +68,16 @@ def exported(name, folder):
     meta = export.meta_model(model.config, model.generation_config, torch.float32)
     export.export(meta, dict(model.named_parameters()), a_tokenizer(), [3], folder)
     return folder
+
+
+def test_an_exported_model_stops_where_its_base_stopped_too(tmp_path):
+    model = Auto.from_config(MODELS["llama"], dtype=torch.float32)
+    call, end, text = (a_tokenizer().convert_tokens_to_ids(token) for token in ("<|tool|>", "<|im_end|>", "a"))
+    for own, wanted in (([call, end], [end, call]), (call, [end, call]), (end, end), ([text, end], end)):
+        model.generation_config.eos_token_id = own
+        meta = export.meta_model(model.config, model.generation_config, torch.float32)
+        export.export(meta, dict(model.named_parameters()), a_tokenizer(), [end], tmp_path / "model")
+        assert GenerationConfig.from_pretrained(tmp_path / "model").eos_token_id == wanted
 
 
 @pytest.mark.parametrize("name", MODELS)

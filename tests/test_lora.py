@@ -141,7 +141,7 @@ def test_a_merged_adapter_is_a_plain_model_with_equal_logits(trained, arguments,
         model = AutoModelForCausalLM.from_pretrained(folder)
         torch.testing.assert_close(logits(model, tokenizer), wanted, rtol=1e-5, atol=1e-5)
         assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
-        with pytest.raises(SystemExit, match=f"{folder}/state"):  # neither a checkpoint nor an adapter
+        with pytest.raises(SystemExit, match=f"{folder} holds no adapter"):  # neither a checkpoint nor an adapter
             checkpoint.main([str(folder), str(tmp_path / "again")])
 
 
@@ -273,13 +273,28 @@ def test_added_tokens_under_fsdp_and_after_a_resume(arguments, tmp_path, overrid
 
 @pytest.mark.slow
 def test_a_run_trains_an_adapter_on(trained, arguments, tmp_path):
-    overrides = [f"model.name={trained}/model", "model.lora.rank=0", "model.lora.alpha=1", f"output_dir={tmp_path}/on"]
+    overrides = [f"model.name={trained}/model", "model.lora.rank=0", f"output_dir={tmp_path}/on"]
     said = run(*arguments, *overrides)
     assert f"from {trained}/model: r 4, lora_alpha 16" in said
     assert metrics(tmp_path / "on", "val/loss")[0] == pytest.approx(metrics(trained, "val/loss")[4], rel=1e-6)
     a, b = (json.loads((run / "model/adapter_config.json").read_text()) for run in (trained, tmp_path / "on"))
     assert a == b
-    checkpoint.main([str(tmp_path / "on/model"), str(tmp_path / "merged")])
+    checkpoint.main([str(tmp_path / "on"), str(tmp_path / "merged")])
+
+
+@pytest.mark.slow
+def test_an_adapter_resumes_above_the_base_that_it_was_trained_for(trained, base, arguments, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    shutil.copytree(base, tmp_path / "base")
+    overrides = [*arguments, "model.lora.dropout=0.1", f"output_dir={tmp_path}/run", "train.max_steps=5"]
+    changed = load_file(tmp_path / "base/model.safetensors")
+    save_file({name: p * 1.001 for name, p in changed.items()}, base / "model.safetensors", {"format": "pt"})
+    said = run(*overrides, expect=1)
+    assert "step_00000004 adapts another base" in said and max(metrics(tmp_path / "run")) == 4
+    shutil.copy(tmp_path / "base/model.safetensors", base)
+    run(*overrides)
+    run(*overrides, "model.lora.merge=true")  # makes another model/ of the finished run
+    assert max(metrics(tmp_path / "run")) == 5 and AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
 
 
 def test_an_adapter_is_trained_on_with_its_own_settings():
@@ -292,6 +307,9 @@ def test_an_adapter_is_trained_on_with_its_own_settings():
     assert model.adapter_config["r"] == 2 and model.adapter_config["lora_alpha"] == 6
     for override, there in (
         ("lora.rank=3", "2"),
+        ("lora.alpha=7", "6"),
+        ("lora.dropout=0.5", "0.0"),
+        ("lora.targets=[q_proj]", r"\[.*\]"),
         ("lora.train_embeddings=true", "False"),
         ("from_scratch=true", "False"),
     ):

@@ -1,3 +1,5 @@
+import time
+
 import numpy as np
 import pytest
 
@@ -61,6 +63,14 @@ def test_rows_are_filled_evenly():
 def test_there_are_never_more_rows_than_conversations_need(world_size):
     rows = packing.pack(np.arange(101), LENGTHS, world_size, 1)
     assert len(rows[0]) == -(-101 // world_size)
+
+
+def test_many_conversations_of_which_few_share_a_row_are_packed_at_once():
+    lengths = np.full(6000, 4200)
+    began = time.monotonic()
+    assert len(packing.pack(np.arange(6000), lengths, 2, 8192)[0]) == 3000  # none shares a row
+    assert len(packing.pack(np.arange(6000), lengths - 1400, 2, 8192)[0]) < 1.02 * 1500  # two share one
+    assert time.monotonic() - began < 5  # with one more row at each trial: a minute
 
 
 def test_a_mixture_has_each_dataset_as_often_as_its_weight_says():

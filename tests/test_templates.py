@@ -590,3 +590,10 @@ def test_a_content_is_not_found_in_the_numbers_and_keys_of_a_call(content, argum
     tokenizer = AutoTokenizer.from_pretrained("configs/quickstart")
     with pytest.raises(ValueError, match=r"messages\[2\]: .*content"):
         templates.encode(tokenizer, [*CHAT[:2], calling(arguments, content=content)], None, template)
+
+
+@pytest.mark.parametrize("value", [False, 0, True, "off"])
+def test_a_key_of_a_message_that_nothing_reads_is_noted_whatever_its_value(value):
+    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "trainable": value, "n": None}]
+    _, notes = templates.encode_with_notes(AutoTokenizer.from_pretrained("configs/quickstart"), messages, None, None)
+    assert notes == ["nothing reads the key 'trainable' of a message"]

@@ -228,7 +228,7 @@ def test_template_arguments_hold_in_training_and_are_a_servers_defaults(value):
 def test_documents_are_trained_whole_in_pieces_and_tokens_as_they_are(tmp_path):
     text, ids = "Oslo is the capital of Norway. " * 40, TOKENIZER("Paris, of course.").input_ids
     chats = write(tmp_path / "text.jsonl", {"text": text, "source": "a"}, {"text": "Short."})
-    rows = data.read_files([chats], "text")
+    rows = read([chats], "text")
     examples = tokens.TokenizedDataset([tokenize(rows, tmp_path / "cache")], max_seq_length=100)
     whole = TOKENIZER(text).input_ids
     assert np.concatenate([examples[i][0] for i in range(len(examples) - 1)]).tolist() == whole
@@ -237,7 +237,7 @@ def test_documents_are_trained_whole_in_pieces_and_tokens_as_they_are(tmp_path):
     assert examples.trained_tokens.tolist() == (examples.lengths - 1).tolist()
     assert any("'source'" in note for note in examples.notes)
     labels = [-100, *ids[1:]]
-    rows = data.read_files([write(tmp_path / "ids.jsonl", {"input_ids": ids, "labels": labels})], "tokens")
+    rows = read([write(tmp_path / "ids.jsonl", {"input_ids": ids, "labels": labels})], "tokens")
     examples = examples_of(tmp_path, rows)
     assert [column.tolist() for column in examples[0]] == [ids, labels]
     for row, named in (
@@ -246,9 +246,22 @@ def test_documents_are_trained_whole_in_pieces_and_tokens_as_they_are(tmp_path):
         ({"input_ids": [1, 2], "labels": [2, -100]}, "labels.0. is 2"),
     ):
         with pytest.raises(ValueError, match=f"wrong.jsonl:1: .*{named}"):
-            tokenize(data.read_files([write(tmp_path / "wrong.jsonl", row)], "tokens"), tmp_path / "cache")
+            tokenize(read([write(tmp_path / "wrong.jsonl", row)], "tokens"), tmp_path / "cache")
     with pytest.raises(ValueError, match="text.jsonl:1: .*no format"):
-        tokenize(data.read_files([chats], None), tmp_path / "cache")
+        tokenize(read([chats], None), tmp_path / "cache")
+
+
+def test_without_an_end_at_which_answers_stop_a_run_is_refused(tmp_path):
+    ids = TOKENIZER("Paris, of course.").input_ids
+    examples = examples_of(tmp_path, read([write(tmp_path / "ids.jsonl", {"input_ids": ids, "labels": ids})], "tokens"))
+    assert tokens.find_stop_ids(TOKENIZER, examples) == [TOKENIZER.eos_token_id]
+    without_eos = AutoTokenizer.from_pretrained("configs/quickstart", eos_token=None)
+    with pytest.raises(ValueError, match="eos_token"):
+        tokens.find_stop_ids(without_eos, examples)
+
+
+def read(files, format):
+    return data.as_conversations(data.read_table(files), format)
 
 
 def write(path, *rows):

@@ -3,9 +3,10 @@ import sys
 import types
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tracking import Tracker
+from tracking import Tracker, peak_flops
 
 STEP = {
     **{"train/loss": 2.5, "train/grad_norm": 1.25, "train/learning_rate": 1e-4, "train/tokens_per_second": 1234.5},
@@ -116,3 +117,9 @@ def test_a_missing_wandb_is_an_error_with_the_key(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="logger.wandb.enabled"):
         launch(tmp_path, 1, wandb=True)
+
+
+@pytest.mark.parametrize("name, tera", [("NVIDIA L40", 181), ("NVIDIA L40S", 362), ("NVIDIA L4", 121)])
+def test_a_gpu_is_known_by_its_own_name(monkeypatch, name, tera):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda"), torch.bfloat16) == tera * 1e12

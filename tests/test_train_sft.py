@@ -86,7 +86,7 @@ def test_a_finished_run_is_left_alone_and_another_is_not_overwritten(tmp_path, s
         (["configs/quickstart.yaml", "data.dataset=gone.jsonl"], 1, "gone.jsonl"),
         (["configs/quickstart.yaml", "cluster.num_nodes=2"], 2, "cluster.num_nodes"),
         (["configs/quickstart.yaml", "model.name=no/such-model"], 1, "no/such-model"),
-        (["configs/quickstart.yaml", "model.name=tests"], 1, "tests: "),
+        (["configs/quickstart.yaml", "model.name=tests"], 2, "error: tests holds no model"),
     ],
 )
 def test_a_mistake_is_one_line_and_no_traceback(tmp_path, arguments, code, said):
@@ -389,3 +389,5 @@ def test_patience_ends_the_run_and_final_best_exports_the_best_checkpoint(tmp_pa
     shutil.rmtree(out / "model")  # as if it was killed before the export
     run(*overrides)
     assert state(out)["state"] == "finished" and max(metrics(out, "val/loss")) == last and (out / "model").is_dir()
+    run(*overrides, "validation.patience=4")
+    assert max(metrics(out, "val/loss")) > last
