@@ -65,12 +65,12 @@ def problem(report: dict):
 
 def preview(cfg, options, report: dict, samples: list[tuple[str, str]]):
     """Fill `report`, and `samples` with pieces of text and their styles (see `sample_pieces`)."""
+    cfg.model.name = checkpoint.find_model(cfg.model.name)
     report["world_size"] = options.world_size or (cfg.cluster.num_nodes or 1) * (cfg.cluster.gpus_per_node or 1)
     with problem(report):
         newest, finished = checkpoint.find_resume_checkpoint(config.to_dict(cfg))
         if newest or finished:
             report["notes"].append(f"{cfg.output_dir} holds the run, {'finished' if finished else f'at {newest.name}'}")
-    cfg.model.name = checkpoint.find_model(cfg.model.name)
     cfg.tokenizer.date = checkpoint.date_of_run(cfg, time.time())
     tokenizer, entries, splits, hashes = load_tokenizer(cfg), [], {}, {}
     try:

@@ -57,6 +57,9 @@ def test_a_template_that_refuses_is_an_error_and_the_chat_continues(memorized, c
     talk.tokenizer.chat_template = "{{ raise_exception('no ' + messages[0].content) }}"
     with pytest.raises(ValueError, match="no weather"):
         talk.answer("weather")
+    talk.tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="chat_template is not set"):
+        talk.answer("weather")
     talk.tokenizer.chat_template = own
     talk.answer("Who are you?")
     assert capsys.readouterr().out == "A small model.\n"

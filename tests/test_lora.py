@@ -8,13 +8,14 @@ import sys
 
 import pytest
 import torch
-from running import ROOT, metrics, run
+from running import HOME, ROOT, call, metrics, run
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 import checkpoint
 import config
 import lora
+import preview
 from model import cast_params, check_model, has_plain_head, load_model, notes_of, open_saved
 from templates import special_ids
 from tokens import load_tokenizer
@@ -273,12 +274,14 @@ def test_added_tokens_under_fsdp_and_after_a_resume(arguments, tmp_path, overrid
 
 @pytest.mark.slow
 def test_a_run_trains_an_adapter_on(trained, arguments, tmp_path):
-    overrides = [f"model.name={trained}/model", "model.lora.rank=0", f"output_dir={tmp_path}/on"]
+    overrides = [f"model.name={trained}", "model.lora.rank=0", f"output_dir={tmp_path}/on"]  # the folder of its run
     said = run(*arguments, *overrides)
     assert f"from {trained}/model: r 4, lora_alpha 16" in said
     assert metrics(tmp_path / "on", "val/loss")[0] == pytest.approx(metrics(trained, "val/loss")[4], rel=1e-6)
     a, b = (json.loads((run / "model/adapter_config.json").read_text()) for run in (trained, tmp_path / "on"))
     assert a == b
+    shown = json.loads(call(preview.main, *arguments, *overrides, "--json", home=HOME)[0])
+    assert any("holds the run, finished" in note for note in shown["notes"])
     checkpoint.main([str(tmp_path / "on"), str(tmp_path / "merged")])
 
 
