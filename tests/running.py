@@ -112,10 +112,11 @@ def metrics(output_dir, name="train/loss"):
 
 def start_in_fork(
     arguments, home: Path, log: Path, fault=None, kill_at_event=None, name="tests/train_with_fault.py", root=ROOT,
-    **environment,
+    new_session=False, **environment,
 ) -> int:  # fmt: skip
     """A training in a fork of this process. Returns its pid. `home`: HF_HOME; `kill_at_event`: (folder, n), -9 at the
-    n-th change of a file there; `name`: the script, in the folder `root`, whose files it imports."""
+    n-th change of a file there; `name`: the script, in the folder `root`, whose files it imports; `new_session`: it
+    leads a process group of its own, as the foreground of a terminal does."""
     pid = os.fork()
     if pid:
         return pid
@@ -127,6 +128,8 @@ def start_in_fork(
         faulthandler.dump_traceback_later(200, exit=True)  # where it hangs
         signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
         torch.set_num_threads(1)
+        if new_session:
+            os.setsid()
         os.chdir(root)
         if root != ROOT:
             sys.path.insert(0, str(root))

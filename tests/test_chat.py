@@ -10,7 +10,7 @@ import chat
 @pytest.mark.slow
 def test_a_chat_answers_through_its_template_and_stops_at_turn_ends(memorized):
     lines = "Where is Oslo?\nAnd Lima?\n/reset\nWhere is Paris?\n/what\n/exit\nWho are you?\n"
-    output, _ = script("chat.py", memorized, said=lines)
+    output, _ = call(chat.main, memorized, said=lines)
     answers = [line.removeprefix("> ") for line in output.splitlines()[1:]]
     assert answers[:2] == ["In Norway.", "In Peru."] and answers[2].endswith("In France.")
     assert "/what" in answers[3] and "small" not in output

@@ -3,12 +3,10 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
-from running import HOME, ROOT, assert_same_run, metrics, run, run_as_user, start_in_fork, state, wait_for
+from running import HOME, assert_same_run, metrics, run, run_as_user, start_in_fork, state, wait_for
 
 import checkpoint
 
@@ -75,35 +73,30 @@ def test_a_signal_to_any_rank_saves_the_step_of_all_and_exits_with_0(tmp_path, t
 
 def test_ctrl_c_saves_and_stops_and_a_second_one_ends_at_once(tmp_path, two_epochs):
     arguments, _ = two_epochs
-    out = tmp_path / "out"
-    environment = {**os.environ, "HF_HOME": str(HOME), "OMP_NUM_THREADS": "1"}
+    out, log = tmp_path / "out", tmp_path / "log"
+    arguments = [*arguments, f"output_dir={out}", "train.max_epochs=200", "cluster.gpus_per_node=2"]
+    environment = {"HF_HOME": HOME, "HF_HUB_OFFLINE": 1, "OMP_NUM_THREADS": 1}  # of the ranks
 
-    def started(*more, **environment_too):
-        command = [sys.executable, "tests/train_with_fault.py", *arguments, "cluster.gpus_per_node=2", *more]
-        return subprocess.Popen(
-            command, cwd=ROOT, env={**environment, **environment_too}, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-
-    def at_step(process, step):
-        for line in process.stdout:
-            if line.startswith(f"step {step}/"):
+    def at_step(step):
+        for _ in range(1200):
+            if log.exists() and f"\nstep {step}/" in log.read_text():
                 return
+            time.sleep(0.05)
 
-    more = [f"output_dir={out}", "train.max_epochs=200"]
-    process = started(*more, FAULT="-1:0:")
-    at_step(process, 3)
-    os.killpg(process.pid, signal.SIGINT)  # As a terminal does.
-    assert process.wait(60) == 0, process.stdout.read()
+    pid = start_in_fork(arguments, HOME, log, new_session=True, **environment)
+    at_step(3)
+    os.killpg(pid, signal.SIGINT)  # As a terminal does.
+    assert wait_for(pid) == 0, log.read_text()
     assert state(out)["state"] == "stopped" and state(out)["step"] >= 3
 
-    process = started(*more, FAULT=f"1:{3}:hang")  # There is no step after which it could save.
-    at_step(process, state(out)["step"] + 2)
-    os.killpg(process.pid, signal.SIGINT)
+    # A rank hangs, so there is no step after which it could save.
+    pid = start_in_fork(arguments, HOME, log, "1:3:hang", new_session=True, **environment)
+    at_step(state(out)["step"] + 2)
+    os.killpg(pid, signal.SIGINT)
     time.sleep(3)
-    assert process.poll() is None
-    os.killpg(process.pid, signal.SIGINT)
+    assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+    os.killpg(pid, signal.SIGINT)
     began = time.monotonic()
-    assert process.wait(60) != 0
+    assert wait_for(pid) != 0
     assert time.monotonic() - began < 10
     assert checkpoint.newest_complete(out) is not None
