@@ -60,8 +60,8 @@ def read_table(files: list[str]) -> datasets.Dataset:
         folder = f"{huggingface_hub.constants.HF_HOME}/sft-rows"
         options = {"cache_dir": folder, "gen_kwargs": {"files": files}, "fingerprint": key.hexdigest()[:32]}
         return datasets.Dataset.from_generator(iterate_rows, features=FILE_ROWS, **options)
-    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise ValueError(error.__cause__ or f"data: the files {files[:3]} have no rows") from None
+    except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
+        raise ValueError(error.__cause__ or f"data: {files[:3]} have no rows, or delete {folder}: {error}") from None
 
 
 def iterate_rows(files: list[str]):

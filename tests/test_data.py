@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+from pathlib import Path
 
 import datasets
 import pyarrow
@@ -762,3 +763,16 @@ def test_a_call_with_what_is_not_read_is_refused(others):
         row = {"messages": [ASK, {**ANSWER, "tool_calls": calls}]}
         with pytest.raises(ValueError, match=r"messages\[1\]: tool_calls"):
             data.normalize(row)
+
+
+@pytest.mark.parametrize("left", [100, 0, None])
+def test_damaged_rows_in_the_cache_are_an_error_that_names_what_to_delete(tmp_path, left):
+    path = write(tmp_path / "rows.jsonl", SAME["messages"][0])
+    read(path)
+    (rows,) = Path(data.huggingface_hub.constants.HF_HOME).glob("sft-rows/**/*.arrow")
+    content = rows.read_bytes()
+    rows.unlink()
+    if left is not None:
+        rows.write_bytes(content[:left])
+    with pytest.raises(ValueError, match="rows.jsonl.*delete .*sft-rows"):
+        read(path)

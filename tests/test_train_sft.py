@@ -218,6 +218,7 @@ def test_a_stop_file_of_this_launch_is_obeyed_and_a_stale_one_is_not(tmp_path, t
     assert_same_run(out, undisturbed)
 
 
+@pytest.mark.slow
 def test_an_end_before_the_newest_checkpoint_is_refused(tmp_path, two_epochs):
     arguments, _ = two_epochs
     out = tmp_path / "out"
