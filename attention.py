@@ -175,7 +175,6 @@ AttentionInterface.register("per_document_varlen", per_document_varlen)
 
 
 # ---- context parallelism ---------------------------------------------------------------------------------------------
-#
 # Each rank of a group has a slice of a row's tokens. For attention an all-to-all gives it all tokens of some heads, and
 # another one undoes that (DeepSpeed-Ulysses: arXiv:2309.14509). So the kernels above stay as they are.
 

@@ -37,8 +37,9 @@ warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
 
 # What may change between two launches of one run: it changes neither the batches nor the model.
 RESUME_SAFE_KEYS = (
-    "output_dir", "train.max_steps", "train.max_epochs", "train.max_tokens_per_micro_batch", "validation.", "parallel.",
-    "checkpoint.", "logger.", "cluster.", "model.attention", "model.compile", "model.activation_checkpointing",
+    "output_dir", "train.max_steps", "train.max_epochs", "train.max_tokens_per_micro_batch", "validation.every",
+    "validation.at_start", "validation.samples", "validation.exact_match", "validation.patience", "checkpoint.",
+    "parallel.", "logger.", "cluster.", "model.attention", "model.compile", "model.activation_checkpointing",
     "model.lora.merge", "train.profile", "data.cache", "tokenizer.date",
 )  # fmt: skip
 LOWER_RATE = "the same command with a lower train.learning_rate resumes from the newest checkpoint"
@@ -75,15 +76,17 @@ def run_state(output_dir: Path, key: str = "state"):
     return json.loads(path.read_bytes())[key] if path.is_file() else None
 
 
-def find_model(name: str) -> str:
-    """Return the model that a folder holds: a run's newest, a checkpoint's, or the folder itself."""
+def find_model(name: str, of_run_only: bool = False) -> str:
+    """Return the model that a folder holds: a run's newest (of a finished run only), a checkpoint's, or the folder."""
     folder = Path(name)
+    if not folder.exists() and (name.count("/") > 1 or name.startswith((".", "/"))):
+        raise ValueError(f"{name} does not exist")
     if not folder.is_dir() or any(folder.glob("*config.json")):  # not a folder: a name on the Hub
         return name
     places = [*find(folder), folder] if run_state(folder) == "finished" else [folder, *find(folder)]
-    found = [path / "model" for path in places if (path / "model").is_dir()]
+    found = [path / "model" for path in ([folder] if of_run_only else places) if (path / "model").is_dir()]
     if not found:
-        raise ValueError(f"{name} holds no model and no complete checkpoint")
+        raise ValueError(f"{name} holds no model/: has its run finished?")
     return str(found[-1])
 
 
@@ -122,10 +125,10 @@ def date_of_run(cfg, launched: float) -> str:
 
 def differing_keys(old: dict, new: dict) -> list[str]:
     """Return the keys, with both values, that must not change between two launches of one run and did."""
-    found = []
+    found, safe = [], (*RESUME_SAFE_KEYS, *(["model.revision"] if new["model"]["lora"]["rank"] else []))  # see `load`
     for name in config.KEYS:
         a, b = (functools.reduce(operator.getitem, name.split("."), cfg) for cfg in (old, new))
-        if a != b and not name.startswith(RESUME_SAFE_KEYS):
+        if a != b and not name.startswith(safe):
             found.append(f"{name} ({a!r} there, {b!r} now)")
     return found
 

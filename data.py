@@ -4,6 +4,7 @@ import contextlib
 import functools
 import glob
 import gzip
+import hashlib
 import importlib.util
 import json
 import os
@@ -188,7 +189,8 @@ def load_dataset_class(name: str, args: dict):
     make = {"squad": Squad, "openassistant": OpenAssistant}.get(name)
     path, _, class_name = name.rpartition(":")
     if path.endswith(".py"):
-        module_name = f"dataset_{Path(path).stem}"  # so that a user's data.py is not this module
+        # Not the name of a module here, and another one for other code: so `datasets` caches nothing of the old code.
+        module_name = f"dataset_{Path(path).stem}_{hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]}"
         spec = importlib.util.spec_from_file_location(module_name, path)
         module = sys.modules[module_name] = importlib.util.module_from_spec(spec)  # where workers find its functions
         spec.loader.exec_module(module)
@@ -343,7 +345,7 @@ def at_row(rows, i: int, name: str):
     """An error gets the place of row i in front: file and line, or the split's name and the row's number."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         of_file = isinstance(rows, datasets.Dataset) and rows.features == FILE_ROWS
         place = rows.with_format(None)[i]["place"] if of_file else f"{name} row {i}"
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "

@@ -102,7 +102,6 @@ def hard_exit(code: int = 0):
 
 
 # ---- signals, hangs, failures ----------------------------------------------------------------------------------------
-
 last_progress = time.monotonic()
 STOP_SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP
 

@@ -135,6 +135,5 @@ def older_rope(rope: dict) -> dict:
 def verify_export(folder: Path, params: dict):
     """Raises RuntimeError unless the folder, opened as a user opens it, has exactly these parameters, in its dtype."""
     reloaded = open_saved(folder, "auto").state_dict()
-    different = [name for name, p in params.items() if not torch.equal(reloaded[name], p.to(reloaded[name].dtype))]
-    if different:
+    if different := [n for n, p in params.items() if not torch.equal(reloaded[n], p.to(reloaded[n].dtype))]:
         raise RuntimeError(f"{folder} does not hold the trained parameters: {different[:3]}")

@@ -58,7 +58,7 @@ def adapter_config(model, model_cfg) -> dict:
         there = ", ".join(names) or "none"
         raise ValueError(f"model.lora.targets: {unknown or lora.targets} name no linear layer; the model has {there}")
     if Path(name).is_dir():
-        name = str(Path(name).absolute())
+        name, revision = str(Path(name).absolute()), None
     elif cached := try_to_load_from_cache(name, "config.json", revision=revision):
         revision = Path(cached).parent.name  # the commit on the Hub, which stays when newer ones exist
     adapter = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True}

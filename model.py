@@ -21,7 +21,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.stateless import _reparametrize_module
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 import attention
@@ -57,8 +57,6 @@ def load_model(model_cfg, device: torch.device, meta: bool = False, rows: int = 
         raise ValueError(f"model.lora.base = {model_cfg.lora.base} needs model.lora.rank of at least 1")
     name, revision = model_cfg.name, model_cfg.revision
     hf_config = open_native(AutoConfig, name, revision)
-    if Path(name, "generation_config.json").is_file():
-        GenerationConfig.from_pretrained(name)  # from_pretrained of a model ignores one that is no JSON
     kernel = attention.choose(model_cfg.attention, model_cfg.dtype, model_class(name, hf_config), device)
     # Trained parameters are float32. Those below an adapter are frozen, in the dtype of the run or model.lora.base.
     base = (model_cfg.lora.base or model_cfg.dtype).replace("nf4", "bfloat16")  # `parallelize` quantizes it.
@@ -227,6 +225,8 @@ def notes_of(model, cfg, tokenizer, examples) -> list[str]:
         frozen = {name.split(".")[-2] for name, p in model.named_parameters() if p.ndim > 1 and not p.requires_grad}
         rest = ", ".join(sorted(frozen - {*adapter["target_modules"]})) or "norms"
         found.append(f"LoRA from {cfg.model.name}: {settings}; frozen, without an adapter: {rest}")
+    if cfg.model.from_scratch and any(Path(cfg.model.name).glob("*.safetensors")):
+        found.append(f"{cfg.model.name} holds trained parameters, but model.from_scratch=true makes random ones")
     if model.config._attn_implementation == "per_document_varlen" and not is_compiled(model, cfg.model.compile):
         found.append("blocks are not compiled, which is slower: there is no C compiler, or model.compile is false")
     if getattr(model.config.get_text_config(), "output_router_logits", False):

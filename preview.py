@@ -49,8 +49,7 @@ def main():
         with problem(report):
             spans = "".join(f'<span class="{style}">{html.escape(text)}</span>' for text, style in samples)
             Path(options.html).write_text(HTML % (spans, html.escape(report_text(report))), encoding="utf-8")
-    text = "".join(text for text, _ in samples) + report_text(report)
-    print(json.dumps(report, indent=2) if options.json else text)
+    print(json.dumps(report, indent=2) if options.json else "".join(t for t, _ in samples) + report_text(report))
     raise SystemExit(1 if report["problems"] else 0)
 
 
@@ -65,7 +64,7 @@ def problem(report: dict):
 
 def preview(cfg, options, report: dict, samples: list[tuple[str, str]]):
     """Fill `report`, and `samples` with pieces of text and their styles (see `sample_pieces`)."""
-    cfg.model.name = checkpoint.find_model(cfg.model.name)
+    cfg.model.name = checkpoint.find_model(cfg.model.name, of_run_only=True)
     report["world_size"] = options.world_size or (cfg.cluster.num_nodes or 1) * (cfg.cluster.gpus_per_node or 1)
     with problem(report):
         newest, finished = checkpoint.find_resume_checkpoint(config.to_dict(cfg))

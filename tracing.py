@@ -172,7 +172,6 @@ for name in [*methods, "__mul__", "__rmul__", "__mod__", "__rmod__"]:
 
 
 # ---- the values that a template gets ---------------------------------------------------------------------------------
-
 # What labels a message or a call. Another message may repeat it: the answer of a tool names the call.
 LABELS = ("role", "name", "id", "type", "tool_call_id")
 # What a tool answered is not the assistant's, even where a message of the assistant holds it.

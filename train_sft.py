@@ -41,7 +41,7 @@ def main():
         return
     try:
         cfg = config.from_command_line(sys.argv[1:])
-        cfg.model.name = checkpoint.find_model(cfg.model.name)  # Of a run's folder, its newest model.
+        cfg.model.name = checkpoint.find_model(cfg.model.name, of_run_only=True)
         rank, local_rank = launch(cfg)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -138,8 +138,7 @@ def train(cfg, device, dataset: "Data", start: int, steps: int, resume_from, sta
         steps = start
 
     # ---- the loop ----
-    # `slowest`: seconds of the slowest step so far, with its validation and saving.
-    step, slowest, stop = start, 0.0, None
+    step, slowest, stop = start, 0.0, None  # `slowest`: seconds of the slowest step, with its validation and saving.
     for step in range(start + 1, steps + 1):
         clock = time.perf_counter()
         writer.done()  # Raises here if the last checkpoint could not be written.
@@ -180,7 +179,8 @@ def train(cfg, device, dataset: "Data", start: int, steps: int, resume_from, sta
         val_loss = validation(step, score=step == steps) if validates else {}
         if out_of_patience(val_losses, cfg.validation.patience):
             steps = step
-        is_best = cfg.checkpoint.final == "best" and validates and val_losses[-1] == min(val_losses)
+        saved_losses = val_losses[cfg.validation.at_start :]  # Before the first step there is no checkpoint.
+        is_best = cfg.checkpoint.final == "best" and validates and saved_losses[-1] == min(saved_losses)
         is_due = cfg.checkpoint.every and step % cfg.checkpoint.every == 0
         if ranks_stopping or step == steps or is_best or is_due:
             writer.wait()

@@ -320,7 +320,7 @@ def test_a_complete_model_is_pushed_and_never_a_private_one_to_a_public_place(tm
     (model / "model-00002-of-00002.safetensors").touch()
     checkpoint.push(model, "me/mine", False, hub)
     (model / "tokenizer_config.json").unlink()
-    for folder, missing in ((model, "tokenizer_config.json"), (tmp_path / "nowhere", "config.json")):
+    for folder, missing in ((model, "tokenizer_config.json"), (tmp_path / "nowhere", "does not exist")):
         with pytest.raises(ValueError, match=f"{folder} .* {missing}"):
             checkpoint.push(folder, "me/mine", False, hub)
     assert len(hub.calls) == 2
@@ -368,8 +368,30 @@ def test_keys_that_change_batches_or_model_may_not_differ_and_others_may():
     assert not differing("train.max_steps=7", "parallel.strategy=fsdp", "checkpoint.every=3", "validation.every=2",
                          "logger.tensorboard.enabled=false", "cluster.gpus_per_node=4",
                          "data.cache=elsewhere")  # fmt: skip
-    for override in ("seed=1", "train.global_batch_size=8", "data.max_seq_length=99", "model.name=a", "train.eps=1e-3"):
+    for override in (
+        "validation.max_examples=3",
+        "seed=1",
+        "train.global_batch_size=8",
+        "data.max_seq_length=99",
+        "model.name=a",
+        "train.eps=1e-3",
+    ):
         assert len(differing(override)) == 1 and override.partition("=")[0] in differing(override)[0]
+
+
+def test_a_run_s_folder_names_its_model_and_for_training_only_a_finished_one(tmp_path):
+    (tmp_path / "run/checkpoints/step_00000003/model").mkdir(parents=True)
+    run, step = str(tmp_path / "run"), str(tmp_path / "run/checkpoints/step_00000003/model")
+    assert checkpoint.find_model(run) == step
+    with pytest.raises(ValueError, match="has its run finished"):
+        checkpoint.find_model(run, of_run_only=True)
+    (tmp_path / "run/model").mkdir()
+    checkpoint.write_status(tmp_path / "run", "finished", 3)
+    assert checkpoint.find_model(run, of_run_only=True) == checkpoint.find_model(run) == f"{run}/model"
+    assert checkpoint.find_model("some/model") == "some/model"  # of the Hub
+    for gone in (f"{run}/gone", "results/gone/model", "./gone"):
+        with pytest.raises(ValueError, match=f"{gone} does not exist"):
+            checkpoint.find_model(gone)
 
 
 def test_what_is_no_run_or_another_run_is_never_overwritten(tmp_path):

@@ -260,6 +260,21 @@ def test_without_an_end_at_which_answers_stop_a_run_is_refused(tmp_path):
         tokens.find_stop_ids(without_eos, examples)
 
 
+def test_an_edited_dataset_class_is_not_answered_from_a_cache(tmp_path):
+    code = (
+        "import datasets\nfrom data import TaskDataSpec\n\n"
+        "def change(row):\n    return {'messages': [{'role': 'user', 'content': 'OLD'}, "
+        "{'role': 'assistant', 'content': row['text']}]}\n\n"
+        "class Mine:\n    def __init__(self):\n        rows = datasets.Dataset.from_dict({'text': ['a', 'b']})\n"
+        "        self.formatted_ds = {'train': rows.map(change, remove_columns=['text'])}\n"
+        "        self.task_spec = TaskDataSpec('mine')\n"
+    )
+    for word in ("OLD", "NEW"):
+        (tmp_path / "mine.py").write_text(code.replace("OLD", word))
+        rows = data.load_dataset_class(f"{tmp_path}/mine.py:Mine", {}).formatted_ds["train"]
+        assert word in TOKENIZER.decode(examples_of(tmp_path, rows)[0][0])
+
+
 def read(files, format):
     return data.as_conversations(data.read_table(files), format)
 

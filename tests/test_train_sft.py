@@ -291,7 +291,7 @@ def test_a_trained_tool_call_is_the_whole_call_and_its_end(tmp_path):
 def test_a_run_that_failed_before_its_first_step_leaves_the_folder_free(tmp_path):
     out = tmp_path / "out"
     arguments = ["configs/quickstart.yaml", f"output_dir={out}", *FEW, "tokenizer.name=configs/quickstart"]
-    assert "./nowhere" in run(*arguments, "model.name=./nowhere", expect=1)
+    assert "no/where" in run(*arguments, "model.name=no/where", expect=1)
     assert state(out)["state"] == "failed"
     run(*arguments, "train.max_steps=2")
     assert [*metrics(out)] == [1, 2]
@@ -367,6 +367,18 @@ def test_a_model_of_few_positions_answers_within_them(tmp_path):
         f"model.name={tmp_path}/gpt2", "tokenizer.name=configs/quickstart", "data.max_seq_length=96",
         "validation.exact_match=100", "validation.max_examples=8", "train.max_steps=1")  # fmt: skip
     assert len(metrics(tmp_path / "out", "val/exact_match")) == 2
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_is_the_best_that_there_is_though_the_loss_was_lower_before(tmp_path):
+    out = tmp_path / "out"
+    run("configs/quickstart.yaml", *FEW, f"output_dir={out}", "train.max_steps=5", "train.learning_rate=0.5",
+        "train.warmup_steps=0", "validation.every=1", "checkpoint.final=best", "checkpoint.every=null")  # fmt: skip
+    losses = metrics(out, "val/loss")
+    best = min((loss, step) for step, loss in losses.items() if step)[1]
+    assert losses[0] < losses[best] and best < 5, losses
+    assert checkpoint.step_of(checkpoint.best(out)) == best
+    assert f"| step | {best} |" in (out / "model/README.md").read_text()
 
 
 @pytest.mark.slow
