@@ -321,7 +321,7 @@ def test_a_complete_model_is_pushed_and_never_a_private_one_to_a_public_place(tm
     checkpoint.push(model, "me/mine", False, hub)
     (model / "tokenizer_config.json").unlink()
     for folder, missing in ((model, "tokenizer_config.json"), (tmp_path / "nowhere", "does not exist")):
-        with pytest.raises(ValueError, match=f"{folder} .* {missing}"):
+        with pytest.raises(ValueError, match=f"{folder} .*{missing}"):
             checkpoint.push(folder, "me/mine", False, hub)
     assert len(hub.calls) == 2
     for arguments in (["a", "--push"], ["a", "--push", "me/mine", "--public"], ["a", "b", "--private"]):
