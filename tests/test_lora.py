@@ -473,7 +473,18 @@ def bitsandbytes(tmp_path_factory):
     """The package, installed for these tests where it is not there."""
     if importlib.util.find_spec("bitsandbytes") is None:
         site = str(tmp_path_factory.mktemp("site"))
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, "bitsandbytes"]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-compile",
+            "--no-deps",
+            "--target",
+            site,
+            "bitsandbytes",
+        ]
         if subprocess.run(pip, capture_output=True).returncode:
             pytest.skip("bitsandbytes is not installed, and cannot be")
         sys.path.append(site)
