@@ -14,7 +14,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: trains with several ranks, kills runs, or runs forks")
+    config.addinivalue_line("markers", "slow: trains with several ranks or several times, kills runs, or runs forks")
 
 
 @pytest.fixture(scope="session")

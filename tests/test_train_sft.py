@@ -71,6 +71,7 @@ def test_the_saved_model_has_the_stop_token_and_template_of_training(single):
     assert json.loads((single / "status.json").read_text())["state"] == "finished"
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_alone_and_another_is_not_overwritten(tmp_path, single):
     said = run("configs/quickstart.yaml", f"output_dir={single}", *FEW)
     assert "finished run" in said
@@ -298,6 +299,7 @@ def test_a_run_that_failed_before_its_first_step_leaves_the_folder_free(tmp_path
     assert "train.learning_rate" in run(*arguments, "train.learning_rate=1", expect=1)
 
 
+@pytest.mark.slow
 def test_a_finished_run_whose_model_is_gone_writes_it_again(tmp_path, single):
     shutil.copytree(single, tmp_path / "out")
     shutil.rmtree(tmp_path / "out/model")
