@@ -367,6 +367,13 @@ def test_what_a_launch_leaves_out_and_what_is_untrained_is_said(base, tmp_path):
     assert again == router and left_out.endswith(": experts, gate")
 
 
+def test_random_parameters_in_place_of_a_folders_trained_ones_are_noted(base):
+    for from_scratch in (True, False):
+        cfg = config.load(None, [f"model.name={base}", "model.dtype=float32", f"model.from_scratch={from_scratch}"])
+        notes = notes_of(load_model(cfg.model, torch.device("cpu")), cfg, load_tokenizer(cfg), None)
+        assert any(f"{base} holds trained parameters" in note for note in notes) == from_scratch
+
+
 def test_what_is_written_of_an_adapter_is_what_peft_writes(base):
     theirs = json.loads((ROOT / "tests/saved_by_peft/adapter/adapter_config.json").read_text())
     overrides = ["model.lora.rank=2", "model.lora.alpha=6", "model.lora.targets=[v_proj, q_proj, down_proj]"]
