@@ -71,7 +71,7 @@ class Chat:
         where the template refuses the conversation or the model cannot take one as long."""
         messages = [*self.messages, {"role": "user", "content": text}]
         try:
-            adapted = adapt(self.tokenizer, own, messages) if (own := self.tokenizer.chat_template) else messages
+            adapted = adapt(self.tokenizer, self.tokenizer.chat_template, messages)
             ids = self.tokenizer.apply_chat_template(adapted, add_generation_prompt=True, return_dict=False)
         except Exception as error:  # A template may raise anything.
             raise ValueError(f"the chat template refuses this conversation: {error}") from None

@@ -177,8 +177,6 @@ def encode(tokenizer, messages, tools=None, chat_template=None, train_on="all", 
 def encode_with_notes(tokenizer, messages, tools, chat_template, train_on="all", date=None):
     """As `encode`; and a list of what is trained as it is but may surprise, as "kind: example" (see `notes_of`)."""
     chat_template = chat_template or tokenizer.chat_template
-    if not isinstance(chat_template, str):
-        raise ValueError("the tokenizer has no chat template (or several); set tokenizer.chat_template")
     messages = adapt(tokenizer, chat_template, messages)
     now = {"strftime_now": datetime.fromisoformat(date).strftime} if date else {}
     chat, turns = render_turns(chat_template, messages, tools, **tokenizer.special_tokens_map, **now)
@@ -227,6 +225,8 @@ def is_trained(message: dict, i: int) -> bool:
 
 def adapt(tokenizer, chat_template: str, messages: list[dict]) -> list[dict]:
     """The messages as the template takes them: contents as text or in blocks, arguments as objects or as JSON text."""
+    if not isinstance(chat_template, str):
+        raise ValueError("the tokenizer's chat_template is not set (or has several): set tokenizer.chat_template")
     adapted = [dict(message) for message in messages]
     for message in adapted:
         content = text_of(message)
