@@ -42,6 +42,8 @@ RESUME_SAFE_KEYS = (
     "parallel.", "logger.", "cluster.", "model.attention", "model.compile", "model.activation_checkpointing",
     "model.lora.merge", "train.profile", "data.cache", "tokenizer.date",
 )  # fmt: skip
+# What decides where a run ends and what its model/ is: after a change a finished run is not finished.
+END_KEYS = "train.max_steps", "train.max_epochs", "validation.patience", "checkpoint.final", "model.lora.merge"
 LOWER_RATE = "the same command with a lower train.learning_rate resumes from the newest checkpoint"
 FILE_BYTES = 2**32  # of a rank's files in state/, about: safetensors copies a file in memory before it is written
 
@@ -76,15 +78,16 @@ def run_state(output_dir: Path, key: str = "state"):
     return json.loads(path.read_bytes())[key] if path.is_file() else None
 
 
-def find_model(name: str, of_run_only: bool = False) -> str:
-    """Return the model that a folder holds: a run's newest (of a finished run only), a checkpoint's, or the folder."""
+def find_model(name: str, finished_only: bool = False) -> str:
+    """Return the model that a folder holds: a run's newest, or only that of its end; a checkpoint's; or the folder."""
     folder = Path(name)
     if not folder.exists() and (name.count("/") > 1 or name.startswith((".", "/"))):
         raise ValueError(f"{name} does not exist")
     if not folder.is_dir() or any(folder.glob("*config.json")):  # not a folder: a name on the Hub
         return name
-    places = [*find(folder), folder] if run_state(folder) == "finished" else [folder, *find(folder)]
-    found = [path / "model" for path in ([folder] if of_run_only else places) if (path / "model").is_dir()]
+    checkpoints = [] if finished_only else find(folder)
+    places = [*checkpoints, folder] if run_state(folder) == "finished" else [folder, *checkpoints]
+    found = [path / "model" for path in places if (path / "model").is_dir()]
     if not found:
         raise ValueError(f"{name} holds no model/: has its run finished?")
     return str(found[-1])
@@ -111,9 +114,7 @@ def find_resume_checkpoint(cfg: dict) -> tuple[Path | None, bool]:
         old["train"]["learning_rate"] = cfg["train"]["learning_rate"]
     if differing := differing_keys(old, cfg):
         raise ValueError(f"{place} holds another run: {'; '.join(differing)}. Change it back, or name another folder")
-    ends = [("train", "max_steps"), ("train", "max_epochs"), ("validation", "patience"), ("checkpoint", "final")]
-    same_end = old["model"] == cfg["model"] and all(old[section][key] == cfg[section][key] for section, key in ends)
-    return newest, same_end and run_state(output_dir) == "finished" and "model" in names
+    return newest, not differing_keys(old, cfg, END_KEYS) and run_state(output_dir) == "finished" and "model" in names
 
 
 def date_of_run(cfg, launched: float) -> str:
@@ -123,13 +124,13 @@ def date_of_run(cfg, launched: float) -> str:
     return cfg.tokenizer.date or first or str(datetime.date.fromtimestamp(launched))
 
 
-def differing_keys(old: dict, new: dict) -> list[str]:
-    """Return the keys, with both values, that must not change between two launches of one run and did."""
-    found, safe = [], (*RESUME_SAFE_KEYS, *(["model.revision"] if new["model"]["lora"]["rank"] else []))  # see `load`
-    for name in config.KEYS:
+def differing_keys(old: dict, new: dict, names=None) -> list[str]:
+    """Return which keys of `names` differ, with both values; None: of all that may not between two launches."""
+    safe = (*RESUME_SAFE_KEYS, "model.revision") if new["model"]["lora"]["rank"] else RESUME_SAFE_KEYS  # see `load`
+    found = []
+    for name in names or [name for name in config.KEYS if not name.startswith(safe)]:
         a, b = (functools.reduce(operator.getitem, name.split("."), cfg) for cfg in (old, new))
-        if a != b and not name.startswith(safe):
-            found.append(f"{name} ({a!r} there, {b!r} now)")
+        found += [f"{name} ({a!r} there, {b!r} now)"] if a != b else []
     return found
 
 
@@ -412,8 +413,7 @@ def push(folder: Path, repo: str, private: bool, api) -> str:
     prefix = "adapter_" if "adapter_config.json" in there else ""
     needed = {f"{prefix}config.json", f"{prefix}model.safetensors", "tokenizer_config.json"}
     if index.is_file():
-        needed |= {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        needed.remove("model.safetensors")
+        needed = needed - {"model.safetensors"} | {*json.loads(index.read_bytes())["weight_map"].values()}
     if needed - there:
         raise ValueError(f"{model} is not a complete model: it has no {', '.join(sorted(needed - there))}")
     url = api.create_repo(repo, private=private or None, exist_ok=True)

@@ -175,8 +175,8 @@ def load_mixture(cfg, scoring: bool = False) -> list[MixtureEntry]:
             if rows is None or len(rows) == 0 or isinstance(rows, dict):
                 raise ValueError(f"{requested} has no rows by number in {split!r}, of {[*dataset.formatted_ds]}")
         name = dataset.task_spec.task_name
-        names = [name, *(f"{name}_{k}" for k in range(2, len(entries) + 2))]
-        free = next(name for name in names if name not in [entry.name for entry in entries])
+        taken = {entry.name for entry in entries}
+        free = next(n for n in [name, *(f"{name}_{k}" for k in range(2, len(entries) + 2))] if n not in taken)
         entries.append(MixtureEntry(free, dataset, weight, splits))
     if validates and not any("validation" in entry.splits for entry in entries):
         fix = "set data.args.validation, or validation.every=null to train without"

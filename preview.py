@@ -64,7 +64,7 @@ def problem(report: dict):
 
 def preview(cfg, options, report: dict, samples: list[tuple[str, str]]):
     """Fill `report`, and `samples` with pieces of text and their styles (see `sample_pieces`)."""
-    cfg.model.name = checkpoint.find_model(cfg.model.name, of_run_only=True)
+    cfg.model.name = checkpoint.find_model(cfg.model.name, finished_only=True)
     report["world_size"] = options.world_size or (cfg.cluster.num_nodes or 1) * (cfg.cluster.gpus_per_node or 1)
     with problem(report):
         newest, finished = checkpoint.find_resume_checkpoint(config.to_dict(cfg))

@@ -41,7 +41,7 @@ def main():
         return
     try:
         cfg = config.from_command_line(sys.argv[1:])
-        cfg.model.name = checkpoint.find_model(cfg.model.name, of_run_only=True)
+        cfg.model.name = checkpoint.find_model(cfg.model.name, finished_only=True)
         rank, local_rank = launch(cfg)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -227,8 +227,8 @@ def launch(cfg) -> tuple[int, int]:
         if (cfg.cluster.gpus_per_node or 1) > 1:
             raise SystemExit(launch_ranks(cfg.cluster.gpus_per_node, Path(cfg.output_dir)))
         return 0, 0
-    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    world_size, local_world_size = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    rank, local_rank, world_size, local_world_size = (int(os.environ[name]) for name in names)
     for key, there in (("gpus_per_node", local_world_size), ("num_nodes", world_size // local_world_size)):
         if getattr(cfg.cluster, key) not in (None, there):
             raise ValueError(f"cluster.{key} must be {there} (torchrun's value) or null")

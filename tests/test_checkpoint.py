@@ -384,10 +384,10 @@ def test_a_run_s_folder_names_its_model_and_for_training_only_a_finished_one(tmp
     run, step = str(tmp_path / "run"), str(tmp_path / "run/checkpoints/step_00000003/model")
     assert checkpoint.find_model(run) == step
     with pytest.raises(ValueError, match="has its run finished"):
-        checkpoint.find_model(run, of_run_only=True)
+        checkpoint.find_model(run, finished_only=True)
     (tmp_path / "run/model").mkdir()
     checkpoint.write_status(tmp_path / "run", "finished", 3)
-    assert checkpoint.find_model(run, of_run_only=True) == checkpoint.find_model(run) == f"{run}/model"
+    assert checkpoint.find_model(run, finished_only=True) == checkpoint.find_model(run) == f"{run}/model"
     assert checkpoint.find_model("some/model") == "some/model"  # of the Hub
     for gone in (f"{run}/gone", "results/gone/model", "./gone"):
         with pytest.raises(ValueError, match=f"{gone} does not exist"):

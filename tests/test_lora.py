@@ -480,19 +480,8 @@ def bitsandbytes(tmp_path_factory):
     """The package, installed for these tests where it is not there."""
     if importlib.util.find_spec("bitsandbytes") is None:
         site = str(tmp_path_factory.mktemp("site"))
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--no-compile",
-            "--no-deps",
-            "--target",
-            site,
-            "bitsandbytes",
-        ]
-        if subprocess.run(pip, capture_output=True).returncode:
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-compile", "--no-deps", "--target", site]
+        if subprocess.run([*pip, "bitsandbytes"], capture_output=True).returncode:
             pytest.skip("bitsandbytes is not installed, and cannot be")
         sys.path.append(site)
     return importlib.import_module("bitsandbytes")

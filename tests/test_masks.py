@@ -244,13 +244,12 @@ def test_tools_that_the_template_leaves_out_are_noted():
 
 
 def test_eos_ends_the_last_turn_alone_though_a_result_stands_within_it():
-    tokenizer = AutoTokenizer.from_pretrained("configs/quickstart")
     result = "{% for t in messages if t.role == 'tool' %}<result>{{ t.content }}\n{% endfor %}"
     call = "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}\n" + result + "{% endfor %}"
     turn = "{{ m.role }}: {% if m.role != 'tool' %}" + call + "{{ m.content }}\n{% endif %}"
     template = "{% for m in messages %}" + turn + "{% endfor %}{{ 'assistant: ' if add_generation_prompt }}"
     answer = {"role": "assistant", "content": "A", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
     messages = [{"role": "user", "content": "Q"}, answer, {"role": "tool", "content": "R"}]
-    ids, labels = templates.encode(tokenizer, messages, None, template)
-    assert tokenizer.decode(ids).count("<|im_end|>") == 1
-    assert tokenizer.decode([id for id in labels if id != -100]) == "<call>f\nA\n<|im_end|>"
+    ids, labels = templates.encode(TOKENIZER, messages, None, template)
+    assert TOKENIZER.decode(ids).count("<|im_end|>") == 1
+    assert TOKENIZER.decode([id for id in labels if id != -100]) == "<call>f\nA\n<|im_end|>"

@@ -159,7 +159,7 @@ def test_stopped_at_every_step_a_run_ends_with_the_same_parameters(tmp_path, two
 def test_killed_at_any_moment_a_run_ends_with_the_same_parameters(tmp_path, two_epochs):
     arguments, undisturbed = two_epochs
     random, kills, out = Random(0), 0, tmp_path / "out0"
-    while kills < 12 or (out / "status.json").exists():
+    while kills < 15 or (out / "status.json").exists():
         by_time = random.random() < 0.5
         at = None if by_time else (out, random.randrange(1, 150))
         log = out.with_suffix(".log")
